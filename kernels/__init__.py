@@ -1,0 +1,5 @@
+"""One GPU's mathematics: NSA's definition and its implementations."""
+
+from .spec import NSASpec
+
+__all__ = ["NSASpec"]

@@ -1,0 +1,1 @@
+"""Ray: places the workers, watches them, ends them."""

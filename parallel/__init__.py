@@ -1,0 +1,1 @@
+"""Many GPUs' mathematics: context parallelism, its exchanges, their ledger."""

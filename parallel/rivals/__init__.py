@@ -1,0 +1,1 @@
+"""What others send: all-gather, group cast, ring, Ulysses, in the same ledger."""
