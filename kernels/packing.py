@@ -7,7 +7,7 @@ blocks are numbered document after document (DESIGN section 2, packed documents)
 import numpy as np
 from numpy.typing import NDArray
 
-from .spec import NSASpec
+from nsa_dist.kernels.spec import NSASpec
 
 Ints = NDArray[np.int64]
 

@@ -1,0 +1,34 @@
+"""Merging parts of one softmax by their log-sum-exps, and branches by their gates."""
+
+import torch
+from torch import Tensor
+
+
+def merge(o: Tensor, lse: Tensor, o_part: Tensor, lse_part: Tensor) -> tuple[Tensor, Tensor]:
+    """Two parts of a softmax, o [S, H, Dv] and lse [S, H], as one. A part may have seen nothing (lse -inf)."""
+    total = torch.logaddexp(lse, lse_part)
+    safe = total.masked_fill(total == -torch.inf, 0)
+    merged = o * (lse - safe).exp().unsqueeze(-1) + o_part * (lse_part - safe).exp().unsqueeze(-1)
+    return merged.to(o.dtype), total
+
+
+def combine_forward(gates_SH3: Tensor, branches: list[Tensor]) -> Tensor:
+    """Sum of gate times branch (equation 5): [S, H, Dv]; gates in the order compressed, selected, window."""
+    work = torch.promote_types(gates_SH3.dtype, torch.float32)
+    parts = [gates_SH3[..., i, None].to(work) * o for i, o in enumerate(branches)]
+    return (parts[0] + parts[1] + parts[2]).to(branches[0].dtype)
+
+
+def combine_backward(
+    do: Tensor, gates_SH3: Tensor, branches: list[Tensor]
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """The gates' gradient [S, H, 3]; for each branch its output's gradient and delta = rowsum(do * o) [S, H].
+
+    A branch's delta is its gate times the gate's gradient, so it costs nothing.
+    """
+    work = torch.promote_types(do.dtype, torch.float32)
+    do, gates = do.to(work), gates_SH3.to(work)
+    d_gates = torch.stack([(do * o).sum(-1) for o in branches], dim=-1)
+    d_branches = [gates[..., i, None] * do for i in range(3)]
+    deltas = list((gates * d_gates).unbind(-1))
+    return d_gates, d_branches, deltas

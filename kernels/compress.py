@@ -1,0 +1,71 @@
+"""Compression: each block of l tokens becomes one compressed token, one every d (arXiv 2502.11089, eq. 7).
+
+One for keys and one for values, before RoPE, shared by the KV heads (DESIGN section 2). The tokens lie in a
+buffer, of which the caller says where each block starts: a whole sequence, or a rank's segments with halos.
+
+Suffixes: N tokens of the buffer, C compressed tokens, G KV heads, l tokens of a block, D head size, F hidden.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, silu
+
+from nsa_dist.kernels.spec import NSASpec
+
+
+def compress_mlp(
+    x_NGD: Tensor,
+    first_C: Tensor,
+    position_lD: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    spec: NSASpec,
+) -> Tensor:
+    """Linear(l*D, 2D), SiLU, Linear(2D, D) of each block's tokens plus a position embedding: [C, G, D].
+
+    first_C (int64): the buffer's row where each block's l rows start. position_lD: embedding of a token's
+    place in its block. Weights as `torch.nn.functional.linear` takes them: w1 [2D, l*D], b1 [2D], w2 [D, 2D],
+    b2 [D].
+    Every input gets a gradient, zero where C is 0. Results, gradients included, are the same on every run
+    where starts are at least d rows apart, as those of a sequence's blocks are.
+
+    Raises ValueError where position_lD or w1 doesn't fit the spec.
+    """
+    l, d, size = spec.compress_block, spec.compress_stride, x_NGD.shape[-1]
+    if position_lD.shape != (l, size):
+        raise ValueError(f"position_lD of shape {tuple(position_lD.shape)}: must be {(l, size)}")
+    if w1.dim() != 2 or w1.shape[1] != l * size:
+        raise ValueError(f"w1 of shape {tuple(w1.shape)}: must be [features, {l * size}]")
+    # w1 (x + position) = w1 x + w1 position: a second bias, for which no block's tokens are changed.
+    hidden_CGF = linear(position_lD.flatten(), w1, b1).expand(len(first_C), x_NGD.shape[1], -1)
+    for part_CdGD, w_part in zip(_parts(x_NGD, first_C, spec), w1.split(d * size, dim=1), strict=True):
+        hidden_CGF = hidden_CGF + linear(part_CdGD.transpose(1, 2).flatten(2), w_part)
+    return linear(silu(hidden_CGF), w2, b2)
+
+
+def compress_mean(x_NGD: Tensor, first_C: Tensor, spec: NSASpec) -> Tensor:
+    """The mean of each block's l tokens, [C, G, D], summed in x's type, at least float32.
+
+    Arguments as in `compress_mlp`.
+    """
+    kind = torch.promote_types(x_NGD.dtype, torch.float32)
+    total_CGD = x_NGD.new_zeros(len(first_C), *x_NGD.shape[1:], dtype=kind)
+    for part_CdGD in _parts(x_NGD, first_C, spec):
+        total_CGD = total_CGD + part_CdGD.sum(1, dtype=kind)
+    return (total_CGD / spec.compress_block).to(x_NGD.dtype)
+
+
+def _parts(x_NGD: Tensor, first_C: Tensor, spec: NSASpec) -> Iterator[Tensor]:
+    """Each block's tokens in l/d parts of d tokens, [C, d, G, D].
+
+    Blocks overlap, but those of one part don't: its backward writes each row once, where that of whole blocks
+    would add in an order that changes from run to run.
+    """
+    d = spec.compress_stride
+    rows_Cd = first_C[:, None] + torch.arange(d, device=first_C.device)
+    for start in range(0, spec.compress_block, d):
+        yield x_NGD[rows_Cd + start]

@@ -1,0 +1,191 @@
+"""Attention of tiles of queries over contiguous ranges of keys, in plain torch operations.
+
+Any device, any floating type (16-bit inputs are computed in float32). Serves the window, the compressed
+branch and, through its two tile functions, the selected one. Never holds more than a tile's scores.
+
+Shapes: S queries, N key rows, H query heads, G KV heads, R = H // G, M queries of a tile.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nsa_dist.kernels.packing import Ints, Packing
+
+TILE = 128  # queries of a tile
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """The key rows [lo, hi) that each query sees, and the tiles in which queries are taken."""
+
+    lo: Ints  # [S]
+    hi: Ints  # [S]
+    bounds: Ints  # [tiles, 2], queries of each tile
+    lo_S: Tensor  # the same on the device
+    hi_S: Tensor
+
+    def tiles(self) -> Iterator[tuple[slice, slice, Tensor | None]]:
+        """(queries, key rows, mask [M, N] or None where every query sees all rows) of each tile."""
+        for a, b in self.bounds.tolist():
+            first, end = int(self.lo[a:b].min()), int(self.hi[a:b].max())
+            end = max(first, end)
+            if (self.lo[a:b] == first).all() and (self.hi[a:b] == end).all():
+                yield slice(a, b), slice(first, end), None
+                continue
+            rows = torch.arange(first, end, device=self.lo_S.device)
+            mask = (rows >= self.lo_S[a:b, None]) & (rows < self.hi_S[a:b, None])
+            yield slice(a, b), slice(first, end), mask
+
+
+def make_ranges(lo: Ints, hi: Ints, breaks: Ints, device: torch.device, tile: int = TILE) -> Ranges:
+    """Ranges whose tiles end at `breaks` (query numbers at which a tile must start) and after `tile` queries."""
+    bounds = tile_bounds(len(lo), breaks, tile)
+    return Ranges(lo, hi, bounds, torch.from_numpy(lo).to(device), torch.from_numpy(hi).to(device))
+
+
+def query_breaks(packing: Packing, queries: Ints) -> Ints:
+    """Where a run of neighbouring tokens of one document ends: across it, tiles would see far apart rows."""
+    same = np.diff(packing.document(queries)) == 0
+    return np.flatnonzero(~(same & (np.diff(queries) == 1))) + 1
+
+
+def window_ranges(packing: Packing, queries: Ints, rows: Ints, window: int, device: torch.device) -> Ranges:
+    """Rows of a buffer of tokens `rows` (ascending) in the window of `window` tokens, the query's own included.
+
+    The buffer must hold every token of the windows. A window of `packing.tokens` is full causal attention.
+    """
+    start = np.maximum(queries - window + 1, packing.cu[packing.document(queries)])
+    lo, hi = np.searchsorted(rows, start), np.searchsorted(rows, queries, side="right")
+    return make_ranges(lo, hi, query_breaks(packing, queries), device)
+
+
+def tile_bounds(queries: int, breaks: Ints, tile: int = TILE) -> Ints:
+    """[tiles, 2]: runs of at most `tile` queries that no break lies inside."""
+    edges = np.unique(np.concatenate([[0, queries], breaks[(breaks > 0) & (breaks < queries)]]))
+    starts = [np.arange(a, b, tile) for a, b in itertools.pairwise(edges)]
+    first = np.concatenate(starts) if starts else np.zeros(0, np.int64)
+    end = np.append(first[1:], queries)[: len(first)]
+    return np.stack([first, end], axis=1).astype(np.int64)
+
+
+def work_dtype(x: Tensor) -> torch.dtype:
+    """The inputs' type, at least float32."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def group_queries(q_SHD: Tensor, groups: int) -> Tensor:
+    """[S, H, D] to [G, S, R, D] in the working type."""
+    s, h, d = q_SHD.shape
+    return q_SHD.to(work_dtype(q_SHD)).view(s, groups, h // groups, d).transpose(0, 1)
+
+
+def group_keys(k_NGD: Tensor) -> Tensor:
+    """[N, G, D] to [G, N, D] in the working type."""
+    return k_NGD.to(work_dtype(k_NGD)).transpose(0, 1).contiguous()
+
+
+def tile_scores(q_GMRD: Tensor, k_GND: Tensor, mask_MN: Tensor | None, scale: float) -> Tensor:
+    """[G, M, R, N]: scaled products, -inf where a query does not see a row."""
+    g, m, r, d = q_GMRD.shape
+    s = torch.bmm((q_GMRD * scale).reshape(g, m * r, d), k_GND.transpose(1, 2)).view(g, m, r, -1)
+    if mask_MN is not None:
+        s.masked_fill_(~mask_MN[None, :, None, :], -torch.inf)
+    return s
+
+
+def tile_forward(
+    q_GMRD: Tensor, k_GND: Tensor, v_GND: Tensor, mask_MN: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output [G, M, R, Dv], log-sum-exp [G, M, R] and probabilities [G, M, R, N] of a tile.
+
+    A query that sees no row gets output 0, log-sum-exp -inf and probabilities 0.
+    """
+    g, m, r, _ = q_GMRD.shape
+    if k_GND.shape[1] == 0:
+        lse = q_GMRD.new_full((g, m, r), -torch.inf)
+        return q_GMRD.new_zeros(g, m, r, v_GND.shape[2]), lse, q_GMRD.new_zeros(g, m, r, 0)
+    s = tile_scores(q_GMRD, k_GND, mask_MN, scale)
+    top = s.amax(-1, keepdim=True)
+    top.masked_fill_(top == -torch.inf, 0)  # -inf - (-inf) would be NaN
+    p = s.sub_(top).exp_()
+    total = p.sum(-1, keepdim=True)
+    lse = (total.log() + top).squeeze(-1)
+    p.div_(total.masked_fill(total == 0, 1))
+    o = torch.bmm(p.view(g, m * r, -1), v_GND).view(g, m, r, -1)
+    return o, lse, p
+
+
+def tile_backward(
+    do_GMRD: Tensor,
+    q_GMRD: Tensor,
+    k_GND: Tensor,
+    v_GND: Tensor,
+    lse_GMR: Tensor,
+    delta_GMR: Tensor,
+    mask_MN: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a tile's q [G, M, R, Dk], k [G, N, Dk], v [G, N, Dv].
+
+    `lse` and `delta = rowsum(do * o)` may be those of a softmax over more rows than these (FlashAttention-2,
+    arXiv 2307.08691, algorithm 2): so parts that were computed apart are differentiated apart.
+    """
+    g, m, r, d = q_GMRD.shape
+    s = tile_scores(q_GMRD, k_GND, mask_MN, scale)
+    p = s.sub_(lse_GMR.masked_fill(lse_GMR == -torch.inf, 0).unsqueeze(-1)).exp_().view(g, m * r, -1)
+    do = do_GMRD.reshape(g, m * r, -1)
+    dv = torch.bmm(p.transpose(1, 2), do)
+    ds = torch.bmm(do, v_GND.transpose(1, 2)).sub_(delta_GMR.reshape(g, m * r, 1)).mul_(p).mul_(scale)
+    dq = torch.bmm(ds, k_GND).view(g, m, r, d)
+    dk = torch.bmm(ds.transpose(1, 2), q_GMRD.reshape(g, m * r, d))
+    return dq, dk, dv
+
+
+def range_forward(q_SHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, ranges: Ranges, scale: float) -> tuple[Tensor, Tensor]:
+    """Each query's attention over its range of rows: output [S, H, Dv] and log-sum-exp [S, H]."""
+    q, k, v = group_queries(q_SHD, k_NGD.shape[1]), group_keys(k_NGD), group_keys(v_NGD)
+    o = torch.zeros(*q.shape[:3], v.shape[-1], dtype=v.dtype, device=v.device)
+    lse = q.new_full(q.shape[:3], -torch.inf)
+    for queries, rows, mask in ranges.tiles():
+        o[:, queries], lse[:, queries], _ = tile_forward(q[:, queries], k[:, rows], v[:, rows], mask, scale)
+    return ungroup(o).to(q_SHD.dtype), ungroup(lse)
+
+
+def range_backward(
+    do_SHD: Tensor,
+    q_SHD: Tensor,
+    k_NGD: Tensor,
+    v_NGD: Tensor,
+    lse_SH: Tensor,
+    delta_SH: Tensor,
+    ranges: Ranges,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v of `range_forward`, in the working type (at least float32)."""
+    groups = k_NGD.shape[1]
+    q, k, v = group_queries(q_SHD, groups), group_keys(k_NGD), group_keys(v_NGD)
+    do, lse, delta = group_queries(do_SHD, groups), group_rows(lse_SH, groups), group_rows(delta_SH, groups)
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for at, rows, mask in ranges.tiles():
+        if rows.start == rows.stop:
+            continue
+        parts = tile_backward(do[:, at], q[:, at], k[:, rows], v[:, rows], lse[:, at], delta[:, at], mask, scale)
+        dq[:, at] = parts[0]
+        dk[:, rows] += parts[1]
+        dv[:, rows] += parts[2]
+    return ungroup(dq), dk.transpose(0, 1), dv.transpose(0, 1)
+
+
+def group_rows(x_SH: Tensor, groups: int) -> Tensor:
+    """[S, H] to [G, S, R]."""
+    return x_SH.view(len(x_SH), groups, x_SH.shape[1] // groups).transpose(0, 1)
+
+
+def ungroup(x_GSR: Tensor) -> Tensor:
+    """[G, S, R, ...] to [S, H, ...]."""
+    return x_GSR.transpose(0, 1).flatten(1, 2)

@@ -1,0 +1,223 @@
+"""Context-parallel attention: NSA over a cut sequence, section 4 of the design in one page.
+
+Shapes are those of the rank's part: q [S, H, Dk]; compressed tokens [C_own, G, ·]; k, v [S, G, ·];
+gates [S, H, 3]. Other exchanges and full attention are in `rivals/`.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nsa_dist.kernels.combine import combine_backward, combine_forward, merge
+from nsa_dist.kernels.compressed import compressed_forward
+from nsa_dist.kernels.selected import BlockIndex, block_index, head_rows, selected_backward, selected_forward
+from nsa_dist.kernels.tiled import range_backward, range_forward
+from nsa_dist.parallel.exchange import Pending, add_returned, all_gather, return_rows, send_rows
+from nsa_dist.parallel.operator import Operation
+from nsa_dist.parallel.plan import BlockPlan, Bools, block_plan, dense_pieces, piece_rounds, selected_pieces
+from nsa_dist.parallel.sequence import Gather, ShardedSequence
+
+
+class NSAExchange(Operation):
+    """NSA of one layer. exchange: `nsa` fetches the selected blocks, `groupcast` every causally visible block,
+    `allgather` every block; compressed tokens and halos are the same for all three.
+
+    max_bytes bounds the fetched KV held at a time (0: no bound); then it is fetched in rounds, and once more
+    in the backward.
+    """
+
+    def __init__(self, sequence: ShardedSequence, scale: float, exchange: str = "nsa", max_bytes: int = 0) -> None:
+        self.sequence, self.scale, self.exchange, self.max_bytes = sequence, scale, exchange, max_bytes
+
+    def forward(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = inputs
+        seq, scale = self.sequence, self.scale
+        sent_cmp = seq.compressed.start(pack(k_cmp, v_cmp))
+        sent_win = seq.window_halo.start(pack(k_win, v_win))
+
+        got_win = sent_win.wait()
+        window = unpack(seq.window_halo.buffer(pack(k_win, v_win), got_win), k_win, v_win)
+        o_win, lse_win = range_forward(q, *window, seq.window_view, scale)
+
+        got_cmp = sent_cmp.wait()
+        compressed = unpack(seq.compressed.buffer(pack(k_cmp, v_cmp), got_cmp), k_cmp, v_cmp)
+        o_cmp, lse_cmp, picks = compressed_forward(q, *compressed, seq.compressed_view, seq.packing.spec, scale)
+
+        sent_bits = self._start_bitmaps(picks)
+        rows = head_rows(k_slc), head_rows(v_slc)
+        local = seq.local_blocks(k_slc.shape[1])
+        o_slc, lse_slc = selected_forward(q, *rows, picks, seq.token_S, local, scale)
+        bits = sent_bits.wait().cpu()
+        rounds = self._rounds(bits, k_slc, v_slc)
+        for fetch in rounds:
+            fetched = fetch.start(k_slc, v_slc, "selected", "forward").wait()
+            part = selected_forward(q, *fetch.rows(fetched, k_slc.shape[2]), picks, seq.token_S, fetch.index, scale)
+            o_slc, lse_slc = merge(o_slc, lse_slc, *part)
+        kept = fetched if len(rounds) == 1 else q.new_empty(0)
+
+        out = combine_forward(gates, [o_cmp, o_slc, o_win])
+        return [out, o_cmp, o_slc, o_win, lse_cmp, lse_slc, lse_win, picks, bits, got_cmp, got_win, kept]
+
+    def backward(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
+        q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = inputs
+        _, *branches, lse_cmp, lse_slc, lse_win, picks, bits, got_cmp, got_win, kept = outputs
+        seq, scale = self.sequence, self.scale
+        d_gates, (do_cmp, do_slc, do_win), deltas = combine_backward(grad, gates, list(branches))
+
+        compressed = unpack(seq.compressed.buffer(pack(k_cmp, v_cmp), got_cmp), k_cmp, v_cmp)
+        view = seq.compressed_view.ranges
+        dq, *d_cmp = range_backward(do_cmp, q, *compressed, lse_cmp, deltas[0], view, scale)
+        own_cmp, sent_cmp = seq.compressed.start_return(pack(*d_cmp))
+
+        window = unpack(seq.window_halo.buffer(pack(k_win, v_win), got_win), k_win, v_win)
+        dq_win, *d_win = range_backward(do_win, q, *window, lse_win, deltas[2], seq.window_view, scale)
+        own_win, sent_win = seq.window_halo.start_return(pack(*d_win))
+
+        # What others computed for our rows comes back while we do our own part.
+        dq_slc, own_slc, returned = self._selected_backward(do_slc, inputs, lse_slc, deltas[1], picks, bits, kept)
+        d_cmp = unpack(seq.compressed.finish(own_cmp, sent_cmp), k_cmp, v_cmp)
+        d_win = unpack(seq.window_halo.finish(own_win, sent_win), k_win, v_win)
+        for fetch, pending in returned:
+            add_returned(seq.axis, own_slc.flatten(0, 1), pending.wait(), fetch.plan.rows)
+        dk, dv = k_slc.shape[2], v_slc.shape[2]
+        return [dq + dq_win + dq_slc, *d_cmp, *own_slc.split([dk, dv], dim=-1), *d_win, d_gates]
+
+    def _selected_backward(
+        self,
+        do: Tensor,
+        inputs: Sequence[Tensor],
+        lse: Tensor,
+        delta: Tensor,
+        picks: Tensor,
+        bits: Tensor,
+        kept: Tensor,
+    ) -> tuple[Tensor, Tensor, list[tuple["Fetch", Pending]]]:
+        """dq [S, H, Dk], the own part of dk and dv [S, G, Dk + Dv], and the gradients on their way home."""
+        q, k, v = inputs[0], *inputs[3:5]
+        seq, groups = self.sequence, k.shape[1]
+        rows = head_rows(k), head_rows(v)
+        rounds = self._rounds(bits, k, v)
+        parts, returned = [], []
+        for fetch in rounds:
+            fetched = kept if len(rounds) == 1 else fetch.start(k, v, "refetch", "backward").wait()
+            buffer = fetch.rows(fetched, k.shape[2])
+            dq, *d_rows = selected_backward(do, q, *buffer, lse, delta, picks, seq.token_S, fetch.index, self.scale)
+            parts.append(dq)
+            returned.append((fetch, fetch.start_return(*d_rows)))
+        local = seq.local_blocks(groups)
+        dq, *d_rows = selected_backward(do, q, *rows, lse, delta, picks, seq.token_S, local, self.scale)
+        own = torch.cat(d_rows, dim=-1).view(groups, len(k), k.shape[2] + v.shape[2]).transpose(0, 1).contiguous()
+        return sum(parts, dq), own, returned
+
+    def _start_bitmaps(self, picks: Tensor) -> Pending:
+        """Starts gathering [P, G, ceil(NB / 8)] bits (numpy's order): which blocks a rank's queries selected."""
+        seq = self.sequence
+        if self.exchange != "nsa":
+            return Pending(None, picks.new_empty(0, dtype=torch.uint8), lambda seconds: None)
+        return all_gather(seq.axis, block_bits(picks, seq.packing.blocks), "bitmap", "forward")
+
+    def _rounds(self, bits: Tensor, k: Tensor, v: Tensor) -> list["Fetch"]:
+        """The exchange, in as many rounds as the bound needs: a pure function of bitmaps and layout."""
+        need = self.needed(bits, k.shape[1])
+        row_bytes = (k.shape[2] + v.shape[2]) * k.element_size()
+        rounds = piece_rounds(self.sequence.pieces, need, self.max_bytes // row_bytes)
+        return [Fetch(self.sequence, need_PGN) for need_PGN in rounds]
+
+    def needed(self, bits: Tensor, groups: int) -> Bools:
+        """[P, G, pieces] that each rank fetches."""
+        seq = self.sequence
+        if self.exchange != "nsa":
+            return dense_pieces(seq.pieces, groups, causal=self.exchange == "groupcast")
+        flags = np.unpackbits(bits.numpy(), axis=-1, count=seq.packing.blocks).astype(bool)
+        return selected_pieces(seq.pieces, flags)
+
+
+class WindowExchange(Operation):
+    """Window attention alone, for `window` layers: only the halo travels. Inputs q, k, v."""
+
+    def __init__(self, sequence: ShardedSequence, scale: float) -> None:
+        self.sequence, self.scale = sequence, scale
+
+    def forward(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        q, k, v = inputs
+        gather = self.sequence.window_halo
+        got = gather.start(pack(k, v)).wait()
+        buffer = unpack(gather.buffer(pack(k, v), got), k, v)
+        return [*range_forward(q, *buffer, self.sequence.window_view, self.scale), got]
+
+    def backward(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
+        (q, k, v), (o, lse, got) = inputs, outputs
+        gather = self.sequence.window_halo
+        buffer = unpack(gather.buffer(pack(k, v), got), k, v)
+        delta = (grad.to(lse.dtype) * o).sum(-1)
+        dq, *d_kv = range_backward(grad, q, *buffer, lse, delta, self.sequence.window_view, self.scale)
+        return [dq, *unpack(gather.finish(*gather.start_return(pack(*d_kv))), k, v)]
+
+
+class CompressHalo(Operation):
+    """The rank's vectors with those that follow its segments: what its compressed tokens are made of.
+
+    Input [S, F], output [N, F] in ascending order of tokens.
+    """
+
+    def __init__(self, gather: Gather) -> None:
+        self.gather = gather
+
+    def forward(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        return [self.gather.buffer(inputs[0], self.gather.start(inputs[0]).wait())]
+
+    def backward(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
+        wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+        return [self.gather.finish(*self.gather.start_return(wide))]
+
+
+class Fetch:
+    """One round of the block exchange, as this rank takes part in it."""
+
+    def __init__(self, sequence: ShardedSequence, need_PGN: Bools) -> None:
+        self.sequence = sequence
+        self.plan: BlockPlan = block_plan(sequence.layout, sequence.pieces, need_PGN, sequence.axis.rank)
+        self.order = torch.from_numpy(self.plan.order).to(sequence.device)
+
+    @cached_property
+    def index(self) -> BlockIndex:
+        return block_index(self.sequence.packing, self.plan.tokens, self.sequence.device)
+
+    def start(self, k: Tensor, v: Tensor, kind: str, phase: str) -> Pending:
+        rows = torch.cat([k, v], dim=-1).flatten(0, 1)
+        return send_rows(self.sequence.axis, rows, self.plan.rows, kind, phase)
+
+    def rows(self, fetched: Tensor, dk: int) -> tuple[Tensor, Tensor]:
+        """Keys and values in the order of `index`."""
+        ordered = fetched[self.order]
+        return ordered[:, :dk], ordered[:, dk:]
+
+    def start_return(self, dk_rows: Tensor, dv_rows: Tensor) -> Pending:
+        ordered = torch.cat([dk_rows, dv_rows], dim=-1)
+        grad = torch.empty_like(ordered)
+        grad[self.order] = ordered
+        return return_rows(self.sequence.axis, grad, self.plan.rows, self.sequence.grad_dtype, "selected")
+
+
+def pack(k_NGD: Tensor, v_NGD: Tensor) -> Tensor:
+    """[N, G, Dk] and [N, G, Dv] as rows that travel together: [N, G * (Dk + Dv)]."""
+    return torch.cat([k_NGD, v_NGD], dim=-1).flatten(1)
+
+
+def unpack(x_NF: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of `pack`, with the head sizes of k and v."""
+    parts = x_NF.view(len(x_NF), k.shape[1], k.shape[2] + v.shape[2]).split([k.shape[2], v.shape[2]], dim=-1)
+    return parts[0], parts[1]
+
+
+def block_bits(picks_SGn: Tensor, blocks: int) -> Tensor:
+    """[G, ceil(blocks / 8)] uint8, most significant bit first: the blocks that any query selected."""
+    groups, width = picks_SGn.shape[1], -(-blocks // 8) * 8
+    index = picks_SGn.permute(1, 0, 2).flatten(1).long()
+    flags = torch.zeros(groups, width + 1, dtype=torch.uint8, device=picks_SGn.device)
+    flags.scatter_(1, torch.where(index < 0, width, index), 1)  # missing picks go to a column that is cut off
+    weights = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8, device=flags.device)
+    return (flags[:, :width].view(groups, -1, 8) * weights).sum(-1, dtype=torch.uint8)

@@ -1,0 +1,135 @@
+"""The collectives of an axis: rows there, rows' gradients back, counted in the ledger.
+
+Every rank calls the same ones in the same order, with empty tensors where it has nothing.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nsa_dist.kernels.packing import Ints
+from nsa_dist.parallel.mesh import Axis
+from nsa_dist.parallel.plan import RowPlan
+
+
+@dataclass
+class Pending:
+    """A collective under way."""
+
+    work: Any
+    result: Tensor
+    record: Callable[[float], None]
+
+    def wait(self) -> Tensor:
+        """The result; the time spent here is the time exposed."""
+        start = time.perf_counter()
+        if self.work is not None:
+            self.work.wait()
+        self.record(time.perf_counter() - start)
+        return self.result
+
+
+def send_rows(axis: Axis, x_NF: Tensor, plan: RowPlan, kind: str, phase: str) -> Pending:
+    """Starts sending rows of x by the plan. The result: rows [M, F] in the plan's order of arrival."""
+    index = torch.from_numpy(plan.send_rows).to(x_NF.device)
+    return exchange(axis, x_NF[index], plan.send_counts, plan.recv_counts, kind, phase)
+
+
+def return_rows(
+    axis: Axis, grad_MF: Tensor, plan: RowPlan, dtype: torch.dtype, kind: str, phase: str = "backward"
+) -> Pending:
+    """Starts sending the gradients of received rows back to their owners, as `dtype`. For `add_returned`."""
+    return exchange(axis, grad_MF.to(dtype), plan.recv_counts, plan.send_counts, kind, phase)
+
+
+def add_returned(axis: Axis, own_NF: Tensor, returned: Tensor, plan: RowPlan) -> Tensor:
+    """Adds to the gradients of own rows, in place, those that came back, rank after rank.
+
+    No row occurs twice in one rank's part, so that the sums have one order without atomics. `own_NF` is at
+    least float32, and so are the sums.
+    """
+    parts = returned.split(plan.send_counts.tolist())
+    for rows, part in zip(plan.parts, parts, strict=True):
+        if len(rows):
+            own_NF.index_add_(0, torch.from_numpy(rows).to(own_NF.device), part.to(own_NF.dtype))
+    return own_NF
+
+
+def exchange(axis: Axis, x: Tensor, send: Ints, receive: Ints, kind: str, phase: str) -> Pending:
+    """Starts an uneven all-to-all of x's rows: `send[r]` of them to rank r, `receive[r]` from it."""
+    result = x.new_empty((int(receive.sum()), *x.shape[1:]))
+    row_bytes = x.element_size() * int(np.prod(x.shape[1:]))
+    record = _recorder(axis, send * row_bytes, receive * row_bytes, kind, phase)
+    if axis.size == 1:
+        return Pending(None, x.clone(), lambda seconds: None)
+    work = dist.all_to_all_single(
+        result, x.contiguous(), receive.tolist(), send.tolist(), group=axis.group, async_op=True
+    )
+    return Pending(work, result, record)
+
+
+def all_gather(axis: Axis, x: Tensor, kind: str, phase: str) -> Pending:
+    """Starts gathering equal-sized tensors of all ranks: [P, *x.shape]."""
+    result = x.new_empty((axis.size, *x.shape))
+    if axis.size == 1:
+        return Pending(None, x[None].clone(), lambda seconds: None)
+    work = dist.all_gather_into_tensor(result.flatten(), x.contiguous().flatten(), group=axis.group, async_op=True)
+    each = np.full(axis.size, x.numel() * x.element_size(), np.int64)
+    return Pending(work, result, _recorder(axis, each, each, kind, phase))
+
+
+def shift(axis: Axis, x: Tensor, result: Tensor, kind: str, phase: str) -> Pending:
+    """Starts sending x to the next rank of the ring and receiving `result` from the one before."""
+    after, before = (axis.rank + 1) % axis.size, (axis.rank - 1) % axis.size
+    peers = dist.get_process_group_ranks(axis.group)
+    # Even an empty part is sent: both sides know its size, and the order of messages stays the same.
+    works = dist.batch_isend_irecv(
+        [
+            dist.P2POp(dist.isend, x.contiguous(), peers[after], group=axis.group),
+            dist.P2POp(dist.irecv, result, peers[before], group=axis.group),
+        ]
+    )
+    send, receive = np.zeros(axis.size, np.int64), np.zeros(axis.size, np.int64)
+    send[after], receive[before] = x.numel() * x.element_size(), result.numel() * result.element_size()
+    return Pending(_All(works), result, _recorder(axis, send, receive, kind, phase))
+
+
+def all_reduce(axis: Axis, x: Tensor, kind: str = "control", phase: str = "forward") -> Tensor:
+    """Sums x over the axis in place; counted as the ring algorithm, 2 (P - 1) / P of its bytes."""
+    if axis.size > 1:
+        dist.all_reduce(x, group=axis.group)
+        count_ring(axis, 2 * x.numel() * x.element_size() * (axis.size - 1) // axis.size, kind, phase)
+    return x
+
+
+def count_ring(axis: Axis, total_bytes: int, kind: str, phase: str) -> None:
+    """Records a collective of which each rank sends `total_bytes` to the next and receives them from the one before."""
+    send, receive = np.zeros(axis.size, np.int64), np.zeros(axis.size, np.int64)
+    send[(axis.rank + 1) % axis.size] = total_bytes
+    receive[(axis.rank - 1) % axis.size] = total_bytes
+    axis.ledger.record(kind, phase, send, receive, axis.other_node)
+
+
+class _All:
+    def __init__(self, works: list[Any]) -> None:
+        self.works = works
+
+    def wait(self) -> None:
+        for work in self.works:
+            work.wait()
+
+
+def _recorder(axis: Axis, send: Ints, receive: Ints, kind: str, phase: str) -> Callable[[float], None]:
+    send, receive = send.copy(), receive.copy()
+    send[axis.rank] = receive[axis.rank] = 0
+
+    def record(seconds: float) -> None:
+        axis.ledger.record(kind, phase, send, receive, axis.other_node, seconds)
+
+    return record

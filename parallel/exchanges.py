@@ -1,0 +1,28 @@
+"""Exchanges by name: which serve NSA layers, which full-attention layers."""
+
+from nsa_dist.parallel.attention import NSAExchange
+from nsa_dist.parallel.operator import Operation
+from nsa_dist.parallel.sequence import ShardedSequence
+
+from .rivals.full import FullAllGather, Ring
+from .rivals.ulysses import FullUlysses, NSAUlysses
+
+NSA_EXCHANGES = ("nsa", "allgather", "groupcast", "ulysses")
+FULL_EXCHANGES = ("ring", "allgather", "ulysses")
+
+
+def nsa_exchange(name: str, sequence: ShardedSequence, scale: float, max_bytes: int = 0) -> Operation:
+    """The operation of an NSA layer. Raises ValueError for an exchange that does not serve NSA layers."""
+    if name not in NSA_EXCHANGES:
+        raise ValueError(f"parallel.exchange={name}: NSA layers take one of {', '.join(NSA_EXCHANGES)}")
+    if name == "ulysses":
+        return NSAUlysses(sequence, scale)
+    return NSAExchange(sequence, scale, name, max_bytes)
+
+
+def full_exchange(name: str, sequence: ShardedSequence, scale: float) -> Operation:
+    """The operation of a full-attention layer. Raises ValueError for an exchange that does not serve those."""
+    kinds = {"ring": Ring, "allgather": FullAllGather, "ulysses": FullUlysses}
+    if name not in kinds:
+        raise ValueError(f"parallel.full_exchange={name}: full layers take one of {', '.join(FULL_EXCHANGES)}")
+    return kinds[name](sequence, scale)

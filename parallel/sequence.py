@@ -1,0 +1,143 @@
+"""A packed sequence cut over the ranks of an axis: what all layers of a step share.
+
+Made once for a sequence, on the host, from the documents' edges and the layout; the same on every rank but
+for the rank's own part.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nsa_dist.kernels.compressed import CompressedView, compressed_view
+from nsa_dist.kernels.packing import Ints, Packing
+from nsa_dist.kernels.selected import BlockIndex, block_index
+from nsa_dist.kernels.tiled import Ranges, window_ranges
+from nsa_dist.parallel import needs
+from nsa_dist.parallel.exchange import Pending, add_returned, return_rows, send_rows
+from nsa_dist.parallel.layout import Layout
+from nsa_dist.parallel.mesh import Axis
+from nsa_dist.parallel.plan import Pieces, RowPlan, make_pieces, row_plan
+
+
+@dataclass(frozen=True)
+class Gather:
+    """Own rows and rows of others, put together in ascending order of their items."""
+
+    axis: Axis
+    plan: RowPlan
+    items: Ints  # of the buffer
+    order: Tensor  # the buffer's rows in [own; received]
+    kind: str
+    grad_dtype: torch.dtype
+
+    def start(self, x_NF: Tensor) -> Pending:
+        """Starts fetching; the result, the received rows, goes to `buffer`."""
+        return send_rows(self.axis, x_NF, self.plan, self.kind, "forward")
+
+    def buffer(self, x_NF: Tensor, received: Tensor) -> Tensor:
+        return torch.cat([x_NF, received])[self.order]
+
+    def start_return(self, grad_buffer: Tensor) -> tuple[Tensor, Pending]:
+        """From the buffer's gradient the own part, and the others' on their way home; goes to `finish`."""
+        both = torch.empty_like(grad_buffer)
+        both[self.order] = grad_buffer
+        own, others = both.split([len(both) - int(self.plan.recv_counts.sum()), int(self.plan.recv_counts.sum())])
+        return own, return_rows(self.axis, others, self.plan, self.grad_dtype, self.kind)
+
+    def finish(self, own: Tensor, pending: Pending) -> Tensor:
+        """The gradient of the own rows, summed over ranks in their order."""
+        return add_returned(self.axis, own, pending.wait(), self.plan)
+
+
+class ShardedSequence:
+    """The rank's part of a packed sequence, its halos, its views on buffers, and the plans that need no data.
+
+    axis: the ranks over which the sequence is cut. grad_dtype: in which gradients travel.
+    """
+
+    def __init__(
+        self, packing: Packing, layout: Layout, axis: Axis, device: torch.device, grad_dtype: torch.dtype
+    ) -> None:
+        if layout.items != packing.tokens or layout.ranks != axis.size:
+            raise ValueError(
+                f"layout of {layout.items} tokens on {layout.ranks} ranks: must be "
+                f"{packing.tokens} tokens on {axis.size}"
+            )
+        self.packing, self.layout, self.axis = packing, layout, axis
+        self.device, self.grad_dtype = device, grad_dtype
+        self.tokens = layout.own(axis.rank)
+        self.cmp_layout = layout.mapped(packing.cmp_start)
+
+    @cached_property
+    def token_S(self) -> Tensor:
+        """[S]: the own tokens' numbers in the sequence."""
+        return torch.from_numpy(self.tokens).to(self.device)
+
+    @cached_property
+    def position_S(self) -> Tensor:
+        """[S]: the own tokens' positions in their documents, for RoPE."""
+        return torch.from_numpy(self.packing.position(self.tokens)).to(self.device)
+
+    @cached_property
+    def own_compressed(self) -> Ints:
+        """The compressed tokens whose first source token is an own one."""
+        return self.cmp_layout.own(self.axis.rank)
+
+    @cached_property
+    def compressed_position_C(self) -> Tensor:
+        """[C_own]: i * d of the own compressed tokens, for RoPE."""
+        return torch.from_numpy(self.packing.position(self.packing.cmp_start[self.own_compressed])).to(self.device)
+
+    @cached_property
+    def compress_halo(self) -> Gather:
+        return self._gather(self.layout, needs.compress_halo(self.layout, self.packing), "compress_halo")
+
+    @cached_property
+    def compress_first_C(self) -> Tensor:
+        """[C_own]: the row in the compression's buffer at which each own compressed token begins."""
+        rows = np.searchsorted(self.compress_halo.items, self.packing.cmp_start[self.own_compressed])
+        return torch.from_numpy(rows).to(self.device)
+
+    @cached_property
+    def window_halo(self) -> Gather:
+        return self._gather(self.layout, needs.window_halo(self.layout, self.packing), "window_halo")
+
+    @cached_property
+    def window_view(self) -> Ranges:
+        window = self.packing.spec.window
+        return window_ranges(self.packing, self.tokens, self.window_halo.items, window, self.device)
+
+    @cached_property
+    def compressed(self) -> Gather:
+        return self._gather(self.cmp_layout, needs.compressed(self.layout, self.packing), "compressed")
+
+    @cached_property
+    def compressed_view(self) -> CompressedView:
+        return compressed_view(self.packing, self.tokens, self.compressed.items, self.device)
+
+    @cached_property
+    def causal(self) -> needs.Needs:
+        return needs.causal(self.layout, self.packing)
+
+    @cached_property
+    def full_kv(self) -> Gather:
+        """All tokens' rows: the all-gather for full attention."""
+        return self._gather(self.layout, needs.everything(self.layout), "full_kv")
+
+    @cached_property
+    def pieces(self) -> Pieces:
+        return make_pieces(self.layout, self.packing, self.causal)
+
+    def local_blocks(self, groups: int) -> BlockIndex:
+        """The index of the own rows [G * S, D]."""
+        return block_index(self.packing, [self.tokens] * groups, self.device)
+
+    def _gather(self, layout: Layout, wanted: needs.Needs, kind: str) -> Gather:
+        plan = row_plan(layout, wanted, self.axis.rank)
+        both = np.concatenate([layout.own(self.axis.rank), plan.recv_items])
+        order = np.argsort(both, kind="stable")
+        at = torch.from_numpy(order).to(self.device)
+        return Gather(self.axis, plan, both[order], at, kind, self.grad_dtype)

@@ -1,0 +1,136 @@
+"""Context-parallel attention against the reference on one rank: outputs, every gradient, and the ledger."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from nsa_dist.kernels import NSASpec
+from nsa_dist.kernels.packing import Packing
+from nsa_dist.kernels.reference import reference_attention, reference_full, reference_selection, reference_window
+from nsa_dist.parallel.attention import WindowExchange
+from nsa_dist.parallel.exchanges import FULL_EXCHANGES, NSA_EXCHANGES, full_exchange, nsa_exchange
+from nsa_dist.parallel.layout import Layout, make_layout
+from nsa_dist.parallel.mesh import make_mesh
+from nsa_dist.parallel.operator import apply
+from nsa_dist.parallel.sequence import ShardedSequence
+from nsa_dist.parallel.traffic import Sizes, TrafficModel
+from tests.conftest import run_ranks
+
+SPEC = NSASpec(8, 4, 16, 5, 1, 2, 24)
+H, G, DK, DV = 12, 6, 6, 4
+CASES = {
+    "one document": [0, 200],
+    "packed, odd": [0, 1, 32, 95, 96, 201, 209],
+    "all shorter than l": [0, 7, 12, 19, 21, 28, 35, 40],
+    "long and tail": [0, 150, 151, 187],
+}
+
+
+def layouts(tokens: int, ranks: int) -> dict[str, Layout]:
+    rng = np.random.default_rng(tokens)
+    cuts = np.sort(rng.integers(0, tokens + 1, 2 * ranks))
+    odd = Layout(np.concatenate([[0], cuts, [tokens]]), rng.integers(0, ranks, 2 * ranks + 1), ranks)
+    return {"odd cuts": odd} | {kind: make_layout(kind, tokens, ranks, 16) for kind in ("contiguous", "zigzag")}
+
+
+def inputs(packing: Packing, seed: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    t, c = packing.tokens, packing.compressed
+    shapes = [(t, H, DK), (c, G, DK), (c, G, DV), *[(t, G, DK), (t, G, DV)] * 2, (t, H, 3), (t, H, DV)]
+    return [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+
+
+def reference(kind: str, xs: list[torch.Tensor], packing: Packing) -> list[torch.Tensor]:
+    *args, do = [x.clone().requires_grad_() for x in xs]
+    scale = DK**-0.5
+    if kind == "nsa":
+        out = reference_attention(*args, packing=packing, spec=packing.spec, scale=scale)
+    elif kind == "window":
+        args = [args[0], *args[5:7]]
+        out = reference_window(*args, packing, packing.spec.window, scale)
+    else:
+        args = [args[0], *args[3:5]]
+        out = reference_full(*args, packing, scale)
+    return [out.detach(), *torch.autograd.grad(out, args, do, allow_unused=True)]
+
+
+def needed_blocks(picks: torch.Tensor, layout: Layout, blocks: int) -> np.ndarray:
+    """[P, G, NB]: the blocks that each rank's queries select, by the reference's choice."""
+    bits = np.zeros((layout.ranks, G, blocks), bool)
+    for rank, g in itertools.product(range(layout.ranks), range(G)):
+        chosen = picks[torch.from_numpy(layout.own(rank)), g]
+        bits[rank, g, chosen[chosen >= 0].numpy()] = True
+    return bits
+
+
+def run_cases(ranks: int) -> list[str]:
+    """Every case on this rank; what differs, in words."""
+    wrong, mesh = [], make_mesh(1, ranks, 0, "cpu")
+    row_bytes = (DK + DV) * 8
+    for name, cu in CASES.items():
+        packing = Packing(np.array(cu), SPEC)
+        xs = inputs(packing, len(cu))
+        wanted = {kind: reference(kind, xs, packing) for kind in ("nsa", "full", "window")}
+        picks = reference_selection(xs[0], xs[1], SPEC, packing, DK**-0.5)
+        for cut, layout in layouts(packing.tokens, ranks).items():
+            seq = ShardedSequence(packing, layout, mesh.cp, torch.device("cpu"), torch.float64)
+            model = TrafficModel(packing, layout, Sizes(H, G, DK, DV, 8, 8))
+            bits = needed_blocks(picks, layout, packing.blocks)
+            ulysses = G % ranks == 0
+            runs = [("nsa", e, 0) for e in NSA_EXCHANGES if e != "ulysses" or ulysses]
+            runs += [("nsa", e, 40 * row_bytes) for e in ("nsa", "groupcast")] + [("window", "", 0)]
+            runs += [("full", e, 0) for e in FULL_EXCHANGES if e != "ulysses" or ulysses]
+            for kind, exchange, bound in runs:
+                label = f"{ranks} ranks, {name}, {cut}, {kind} {exchange} bound {bound}"
+                wrong += [f"{label}: {w}" for w in compare(seq, kind, exchange, bound, xs, wanted[kind])]
+                wrong += [f"{label}: {w}" for w in compare_ledger(seq, model, kind, exchange, bound, bits)]
+    return wrong
+
+
+def compare(seq, kind, exchange, bound, xs, wanted):  # type: ignore[no-untyped-def]
+    scale = DK**-0.5
+    own = torch.from_numpy(seq.tokens), torch.from_numpy(seq.own_compressed)
+    if kind == "nsa":
+        operation, pick = nsa_exchange(exchange, seq, scale, bound), [0, 1, 2, 3, 4, 5, 6, 7]
+    elif kind == "window":
+        operation, pick = WindowExchange(seq, scale), [0, 5, 6]
+    else:
+        operation, pick = full_exchange(exchange, seq, scale), [0, 3, 4]
+    rows = [own[1] if i in (1, 2) else own[0] for i in pick]
+    local = [xs[i][r].clone().requires_grad_() for i, r in zip(pick, rows, strict=True)]
+    seq.axis.ledger.take()
+    out = apply(operation, *local)
+    grads = torch.autograd.grad(out, local, xs[8][own[0]])
+    for i, (got, want, r) in enumerate(zip([out, *grads], wanted, [own[0], *rows], strict=True)):
+        expected = torch.zeros_like(got) if want is None else want[r]
+        if got.shape != expected.shape or not torch.allclose(got, expected, rtol=1e-11, atol=1e-12):
+            yield f"{'out' if i == 0 else f'gradient {i}'} differs by {(got - expected).abs().max()}"
+
+
+def over_bound(traffic, bound):  # type: ignore[no-untyped-def]
+    return traffic["selected", "forward"][1].max() > bound
+
+
+def compare_ledger(seq, model, kind, exchange, bound, bits):  # type: ignore[no-untyped-def]
+    found, rank = seq.axis.ledger.take(), seq.axis.rank
+    if kind == "nsa":
+        traffic = model.nsa(exchange, bits, refetch=("refetch", "backward") in found)
+        assert (("refetch", "backward") in found) == (bound > 0 and over_bound(traffic, bound))
+    else:
+        traffic = model.window() if kind == "window" else model.full(exchange)
+    for key in traffic.keys() | found.keys():
+        if key[0] == "compress_halo":
+            continue
+        sent, received = (int(x[rank]) for x in traffic.get(key, (np.zeros(9, int),) * 2))
+        entry = found.get(key)
+        counted = (entry.sent_bytes, entry.received_bytes) if entry else (0, 0)
+        if counted != (sent, received):
+            yield f"ledger {key} counts {counted}, the layout says {(sent, received)}"
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6])
+def test_every_exchange_equals_the_reference_and_its_ledger_the_layout(ranks: int) -> None:
+    wrong = list(itertools.chain.from_iterable(run_ranks(ranks, run_cases, ranks)))
+    assert not wrong, f"{len(wrong)} differences:\n" + "\n".join(wrong[:10])
