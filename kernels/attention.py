@@ -55,7 +55,8 @@ def nsa_attention(
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     inputs = [x.flatten(0, 1) for x in (q, *kv.values(), gates)]
     if backend == "reference":
-        out = reference_attention(*inputs, spec, packing, factor)
+        q_, k_cmp_, v_cmp_, k_slc_, v_slc_, k_win_, v_win_, gates_ = inputs
+        out = reference_attention(q_, k_cmp_, v_cmp_, k_slc_, v_slc_, k_win_, v_win_, gates_, spec, packing, factor)
     else:
         out = _TiledNSA.apply(local_views(packing, q.device, k_slc.shape[2]), spec, factor, *inputs)
     return out.view(*q.shape[:3], v_slc.shape[-1])

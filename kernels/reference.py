@@ -138,15 +138,17 @@ def _best(score_QGB: Tensor, tokens: Ints, spec: NSASpec, packing: Packing) -> T
 
 
 def _sources(spec: NSASpec, packing: Packing, device: torch.device) -> Tensor:
-    """The compressed tokens that overlap each block, ascending, [B, weights]; C where there is none."""
+    """The compressed tokens that overlap each block, ascending, [B, weights]; C where there is none.
+
+    At a document's edges a neighbour's are among them; the block's queries don't see those: p = 0.
+    """
     document = packing.document(packing.blk_start)
     block = np.arange(packing.blocks) - packing.blk_cu[document]
     l, d, lp = spec.compress_block, spec.compress_stride, spec.select_block
-    token = (block * (lp // d) - (l // d - 1))[:, None] + np.arange(len(overlap_weights(spec)))
-    count = np.diff(packing.cmp_cu)[document][:, None]
-    inside = (token >= 0) & (token < count)
-    sources = np.where(inside, token + packing.cmp_cu[document][:, None], packing.compressed)
-    return torch.from_numpy(sources).to(device)
+    first = packing.cmp_cu[document] + block * (lp // d) - (l // d - 1)
+    token = first[:, None] + np.arange(len(overlap_weights(spec)))
+    exists = (token >= 0) & (token < packing.compressed)
+    return torch.from_numpy(np.where(exists, token, packing.compressed)).to(device)
 
 
 def _causal(packing: Packing, window: int | None = None) -> tuple[Ints, Ints]:

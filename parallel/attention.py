@@ -69,7 +69,7 @@ class NSAExchange(Operation):
 
         compressed = unpack(seq.compressed.buffer(pack(k_cmp, v_cmp), got_cmp), k_cmp, v_cmp)
         view = seq.compressed_view.ranges
-        dq, *d_cmp = range_backward(do_cmp, q, *compressed, lse_cmp, deltas[0], view, scale)
+        dq_cmp, *d_cmp = range_backward(do_cmp, q, *compressed, lse_cmp, deltas[0], view, scale)
         own_cmp, sent_cmp = seq.compressed.start_return(pack(*d_cmp))
 
         window = unpack(seq.window_halo.buffer(pack(k_win, v_win), got_win), k_win, v_win)
@@ -83,7 +83,7 @@ class NSAExchange(Operation):
         for fetch, pending in returned:
             add_returned(seq.axis, own_slc.flatten(0, 1), pending.wait(), fetch.plan.rows)
         dk, dv = k_slc.shape[2], v_slc.shape[2]
-        return [dq + dq_win + dq_slc, *d_cmp, *own_slc.split([dk, dv], dim=-1), *d_win, d_gates]
+        return [dq_cmp + dq_win + dq_slc, *d_cmp, *own_slc.split([dk, dv], dim=-1), *d_win, d_gates]
 
     def _selected_backward(
         self,

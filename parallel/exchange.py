@@ -79,7 +79,8 @@ def all_gather(axis: Axis, x: Tensor, kind: str, phase: str) -> Pending:
     result = x.new_empty((axis.size, *x.shape))
     if axis.size == 1:
         return Pending(None, x[None].clone(), lambda seconds: None)
-    work = dist.all_gather_into_tensor(result.flatten(), x.contiguous().flatten(), group=axis.group, async_op=True)
+    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name from torch 2.13 on
+    work = gather(result.flatten(), x.contiguous().flatten(), group=axis.group, async_op=True)
     each = np.full(axis.size, x.numel() * x.element_size(), np.int64)
     return Pending(work, result, _recorder(axis, each, each, kind, phase))
 
@@ -109,7 +110,7 @@ def all_reduce(axis: Axis, x: Tensor, kind: str = "control", phase: str = "forwa
 
 
 def count_ring(axis: Axis, total_bytes: int, kind: str, phase: str) -> None:
-    """Records a collective of which each rank sends `total_bytes` to the next and receives them from the one before."""
+    """Records a collective of which a rank sends so many bytes to the next, and receives as many."""
     send, receive = np.zeros(axis.size, np.int64), np.zeros(axis.size, np.int64)
     send[(axis.rank + 1) % axis.size] = total_bytes
     receive[(axis.rank - 1) % axis.size] = total_bytes

@@ -2,10 +2,9 @@
 
 from nsa_dist.parallel.attention import NSAExchange
 from nsa_dist.parallel.operator import Operation
+from nsa_dist.parallel.rivals.full import FullAllGather, Ring
+from nsa_dist.parallel.rivals.ulysses import FullUlysses, NSAUlysses
 from nsa_dist.parallel.sequence import ShardedSequence
-
-from .rivals.full import FullAllGather, Ring
-from .rivals.ulysses import FullUlysses, NSAUlysses
 
 NSA_EXCHANGES = ("nsa", "allgather", "groupcast", "ulysses")
 FULL_EXCHANGES = ("ring", "allgather", "ulysses")

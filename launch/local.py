@@ -1,0 +1,124 @@
+"""Training on this machine: a private Ray, started for the run and gone with it."""
+
+import functools
+import logging
+import os
+import secrets
+import shutil
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from nsa_dist.config import Config
+from nsa_dist.console import Console
+from nsa_dist.process import choose_device
+from nsa_dist.session import session
+
+# Ray reads these when it is imported and when it starts its processes; there are no arguments for them.
+_RAY_SETTINGS = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux too: every process listens on 127.0.0.1 alone
+    "RAY_memory_monitor_refresh_ms": "0",  # the kernel, not Ray, says when memory is out
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # the controller tells of deaths; Ray's paragraphs on them are skipped
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # an actor that asks for no GPU sees none
+}
+_OBJECT_STORE_BYTES = 80 * 2**20  # about Ray's least: only functions and results go through it
+
+
+def train_local(config: Config, console: Console) -> None:
+    """Trains as `config` says in parallel.dp * parallel.cp processes of this machine.
+
+    Raises ConfigError where that is known before they start, RunFailed when one of them fails.
+    """
+    world_size = config.parallel.dp * config.parallel.cp
+    device = choose_device(config.launch.device, world_size)
+    with session(config, console, world_size, device) as resume:
+        from nsa_dist.train import train
+
+        placed = replace(config, launch=replace(config.launch, device=device))
+        run_local(
+            world_size,
+            train,
+            (placed, resume),
+            lambda rank, event: console.report(event),
+            Path(config.run.dir) / "logs",
+            device,
+            config.launch.timeout_s,
+        )
+
+
+def run_local(
+    world_size: int,
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    on_report: Callable[[int, dict[str, Any]], None],
+    logs: Path,
+    device: str = "cpu",
+    timeout_s: float = 600,
+) -> list[Any]:
+    """controller.run_workers, in a Ray of its own on this machine."""
+    with private_ray(world_size, world_size if device == "cuda" else 0):
+        from nsa_dist.launch.controller import run_workers
+
+        return run_workers(world_size, fn, args, on_report, logs, device, timeout_s)
+
+
+@contextmanager
+def private_ray(workers: int, gpus: int) -> Iterator[None]:
+    """A Ray that only this process can reach, with a place for each of `workers` even beyond the cores.
+
+    Listens on 127.0.0.1, asks for a token of its own, attaches to no cluster that happens to be there, whatever
+    the environment says, and leaves neither process nor file behind. Raises RuntimeError where Ray was imported
+    before, with other settings.
+    """
+    folder = tempfile.mkdtemp(prefix="nsa-", dir="/tmp")  # short: the paths of sockets are limited
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    try:
+        with _ray_environment():
+            import ray
+
+            if ray.util.get_node_ip_address() != "127.0.0.1":
+                raise RuntimeError("Ray was imported before nsa_dist.launch.local: it would listen to other machines")
+            ray.init(
+                address="local",
+                num_cpus=max(workers, len(os.sched_getaffinity(0))),
+                num_gpus=gpus,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _temp_dir=folder,
+            )
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own in its place
+        yield
+    finally:
+        if "ray" in locals():
+            ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _ray_environment() -> Iterator[None]:
+    """The environment with our settings of Ray in place of the user's."""
+    before = {name: value for name, value in os.environ.items() if name.startswith("RAY_")}
+    ours = _RAY_SETTINGS | {"RAY_AUTH_TOKEN": _token()}
+    for name in before:
+        del os.environ[name]
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
+        os.environ.update(before)
+
+
+@functools.cache
+def _token() -> str:
+    """One for this process: Ray keeps the first that it reads."""
+    return secrets.token_hex(32)

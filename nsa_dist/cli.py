@@ -1,0 +1,166 @@
+"""The command line: words to a checked configuration, a launcher to run it, and an exit status.
+
+Exit status: 0 done, 1 a run that failed, 2 bad input, 130 after Ctrl-C, 143 after SIGTERM. Heavy imports wait
+until a command needs them: help is quick.
+"""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from nsa_dist import __version__
+from nsa_dist.console import Console
+
+_EPILOG = """\
+examples:
+  nsa-dist train                                a small model on the text of Python's library, in minutes
+  nsa-dist train configs/cpu-demo.yaml train.steps=20 run.dir=runs/short
+  nsa-dist report runs/cpu-demo                 what the run did and what it sent, against every rival
+  torchrun --nproc-per-node=8 -m nsa_dist train my.yaml parallel.cp=8
+
+Settings are key=value, e.g. parallel.cp=4 or 'model.attention=[nsa,full]'; they win over the recipe."""
+_TRAIN = """\
+Trains on this machine, in parallel.dp x parallel.cp processes. The run's folder (run.dir) then holds
+config.yaml, metrics.jsonl, events.jsonl, checkpoints and logs; the same command goes on where it ended.
+Under torchrun the processes that are there are used."""
+_TRAIN_EPILOG = """\
+examples:
+  nsa-dist train                                the recipe cpu-demo: no GPU, no download
+  nsa-dist train run.dir=runs/zigzag parallel.layout=zigzag
+  nsa-dist train my.yaml data.source=corpus.jsonl data.seq_len=65536 parallel.cp=8"""
+_PREPARE_EPILOG = """\
+examples:
+  nsa-dist prepare configs/cpu-demo.yaml
+  nsa-dist prepare my.yaml data.source=corpus.jsonl data.tokenizer=tokenizer.json"""
+
+
+class _Terminated(BaseException):
+    """SIGTERM, as an exception, so that what was started is taken down."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; its exit status. Errors are one line on stderr."""
+    args = _parser().parse_args(argv)
+    from nsa_dist.config import ConfigError
+    from nsa_dist.process import RunFailed
+    from nsa_dist.torchrun import under_torchrun
+
+    torchrun = under_torchrun(os.environ)
+    try:
+        with _sigterm_raises(not torchrun):
+            args.command(args)
+    except ConfigError as error:
+        if not torchrun or os.environ["RANK"] == "0":  # the other ranks have found the same
+            _complain(str(error))
+        return 2
+    except RunFailed as error:
+        _complain(str(error))
+        return 2 if error.bad_input else 1
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        return 130
+    except _Terminated:
+        _complain("terminated")
+        return 143
+    return 0
+
+
+def _complain(text: str) -> None:
+    print(f"nsa-dist: error: {text}", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="nsa-dist",
+        description="Trains language models on long sequences with Native Sparse Attention over many GPUs.",
+        epilog=_EPILOG,
+        formatter_class=raw,
+    )
+    parser.add_argument("--version", action="version", version=f"nsa-dist {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, run: Callable[..., None], summary: str, **more: Any) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=summary, formatter_class=raw, **{"description": summary} | more)
+        made.set_defaults(command=run)
+        return made
+
+    train = command("train", _train, "trains a model", description=_TRAIN, epilog=_TRAIN_EPILOG)
+    prepare = command("prepare", _prepare, "turns text into token files, once", epilog=_PREPARE_EPILOG)
+    for parent in (train, prepare):
+        parent.add_argument(
+            "words",
+            nargs="*",
+            metavar="[CONFIG] key=value",
+            help="a recipe (YAML; none: the recipe cpu-demo), then settings that win over it",
+        )
+    report = command("report", _report, "prints what a run did and what it sent, against every rival")
+    report.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run's folder (run.dir)")
+    return parser
+
+
+def _train(args: argparse.Namespace) -> None:
+    from nsa_dist.config import ConfigError
+    from nsa_dist.torchrun import train_torchrun, under_torchrun
+
+    config, console = _load(args.words), Console()
+    if under_torchrun(os.environ):
+        train_torchrun(config, console)
+        return
+    if config.launch.backend == "torchrun":
+        ranks = config.parallel.dp * config.parallel.cp
+        words = " ".join(args.words)
+        raise ConfigError(
+            f"launch.backend=torchrun: this process wasn't started by torchrun; allowed: launch.backend=ray, or "
+            f"torchrun --nproc-per-node={ranks} -m nsa_dist train {words}".rstrip()
+        )
+    if find_spec("ray") is None:
+        raise ConfigError("launch.backend=ray: Ray isn't installed; allowed: pip install ray, or torchrun")
+    from nsa_dist.launch.local import train_local
+
+    train_local(config, console)
+
+
+def _prepare(args: argparse.Namespace) -> None:
+    from nsa_dist.data import prepare_all
+
+    prepare_all(_load(args.words).data, Console().say)
+
+
+def _report(args: argparse.Namespace) -> None:
+    from nsa_dist.report import report
+
+    report(args.run_dir, Console().say)
+
+
+def _load(words: list[str]) -> Any:
+    """The configuration that the words say: a recipe first, unless the first word is a setting already."""
+    from nsa_dist.config import load_config
+
+    if words and "=" not in words[0]:
+        return load_config(words[0], words[1:])
+    return load_config(str(files("nsa_dist") / "configs" / "cpu-demo.yaml"), words)
+
+
+@contextmanager
+def _sigterm_raises(wanted: bool) -> Iterator[None]:
+    """Not under torchrun: a rank that waits in a collective would never see the exception."""
+    if not wanted:
+        yield
+        return
+
+    def handler(number: int, frame: object) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,36 @@
+"""A run's opening and end, the same under every launcher, in the one process that holds the run's lock."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from nsa_dist.config import Config
+from nsa_dist.console import Console
+from nsa_dist.data import prepare_all
+from nsa_dist.process import RunFailed
+from nsa_dist.rundir import Resume, RunLock, event, open_run
+
+
+@contextmanager
+def session(config: Config, console: Console, world_size: int, device: str) -> Iterator[Resume]:
+    """Prepares the data, holds the run folder's lock, and writes the run's start and its end to events.jsonl.
+
+    Yields where the run goes on from. Raises ConfigError for data or a run folder that can't serve.
+    """
+    prepare_all(config.data, console.say)
+    run_dir = config.run.dir
+    with RunLock(run_dir):
+        resume = open_run(config)
+        event(run_dir, "start", world_size=world_size, device=device, dp=config.parallel.dp, cp=config.parallel.cp)
+        try:
+            yield resume
+        except RunFailed as error:
+            event(run_dir, "failure", rank=error.rank, cause=error.cause)
+            raise
+        except SystemExit:  # another rank has failed first, and has written it
+            raise
+        except BaseException as error:
+            event(run_dir, "failure", rank=None, cause=type(error).__name__)
+            raise
+        finally:
+            console.end_line()
+        event(run_dir, "end")

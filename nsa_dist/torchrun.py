@@ -1,0 +1,103 @@
+"""Training in the processes that torchrun started, on one node or many. Needs no Ray."""
+
+import os
+import pickle
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from nsa_dist.config import Config, ConfigError
+from nsa_dist.console import Console
+from nsa_dist.process import RunFailed, choose_device, describe, is_collective_error, process_group
+from nsa_dist.rundir import Resume, event
+from nsa_dist.session import session
+
+_OPENING = "nsa_dist/opening"  # what rank 0 decided: a Resume, or None after an error
+_FAILURES = "nsa_dist/failures"  # how many ranks have failed
+_OPENING_TIME = timedelta(days=7)  # preparing a large corpus; torchrun ends the others if rank 0 dies
+_CAUSE_S = 5.0  # a rank that lost its connections gives the culprit so long to speak first
+
+
+def under_torchrun(environ: Mapping[str, str]) -> bool:
+    """True in a process that torchrun, or what speaks its language, has started."""
+    return all(name in environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"))
+
+
+def train_torchrun(config: Config, console: Console) -> None:
+    """Trains as one rank of those that are there. Rank 0 prepares the data, holds the lock, and decides alone.
+
+    Raises ConfigError for a number of processes that doesn't fit, and on rank 0 for what else is found before
+    training; RunFailed on the first rank that fails. The others then leave by SystemExit, without a word.
+    """
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    wanted = config.parallel.dp * config.parallel.cp
+    if world_size != wanted:
+        raise ConfigError(
+            f"WORLD_SIZE={world_size}: torchrun must start parallel.dp={config.parallel.dp} x "
+            f"parallel.cp={config.parallel.cp} = {wanted} processes"
+        )
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = choose_device(config.launch.device, int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1)))
+    placed = replace(config, launch=replace(config.launch, device=device))
+    store, _, _ = next(rendezvous("env://"))
+    with _opened(config, console, store, rank, world_size, device) as resume:
+        try:
+            from nsa_dist.train import train
+
+            with process_group(store, rank, world_size, device, local_rank, config.launch.timeout_s):
+                train(placed, resume, console.report)
+        except Exception as error:
+            raise _failure(error, store, rank, Path(config.run.dir)) from error
+
+
+@contextmanager
+def _opened(
+    config: Config, console: Console, store: dist.Store, rank: int, world_size: int, device: str
+) -> Iterator[Resume]:
+    """Rank 0 opens the run and tells the others where it goes on, or that it doesn't."""
+    if rank != 0:
+        store.wait([_OPENING], _OPENING_TIME)
+        resume = pickle.loads(bytes.fromhex(store.get(_OPENING).decode()))
+        if resume is None:
+            raise SystemExit(2)
+        yield resume
+        return
+    told = False
+    try:
+        with session(config, console, world_size, device) as resume:
+            store.set(_OPENING, pickle.dumps(resume).hex())
+            told = True
+            yield resume
+    finally:
+        if not told:
+            store.set(_OPENING, pickle.dumps(None).hex())
+
+
+def _failure(error: Exception, store: dist.Store, rank: int, run_dir: Path) -> BaseException:
+    """The RunFailed that names the first cause, on the rank that has it; elsewhere a silent end."""
+    log = run_dir / "logs" / f"rank-{rank}.txt"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as file:
+        traceback.print_exception(error, file=file)
+    if is_collective_error(error):
+        time.sleep(_CAUSE_S)
+    if not _first(store):
+        return SystemExit(1)
+    failed = RunFailed(rank, describe(error), log, isinstance(error, ConfigError))
+    if rank != 0:  # rank 0's session writes its own
+        event(run_dir, "failure", rank=rank, cause=failed.cause)
+    return failed
+
+
+def _first(store: dist.Store) -> bool:
+    try:
+        return store.add(_FAILURES, 1) == 1
+    except dist.DistError:  # the store is gone with the process that held it: better two lines than none
+        return True

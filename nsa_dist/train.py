@@ -1,0 +1,278 @@
+"""The training loop: batch, loss, backward, step, metrics, checkpoint; in each process of a run.
+
+torch.distributed must be initialised. Loss and gradients are means over all tokens of the global batch that
+carry a label, whatever the number of ranks.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nsa_dist.checkpoint import Checkpointer, restore_random, training_state
+from nsa_dist.config import Config, nsa_spec
+from nsa_dist.data import IGNORED, Corpus, Packed, open_corpora
+from nsa_dist.kernels.packing import Ints, Packing
+from nsa_dist.metrics import MetricsWriter, memory_bytes, progress
+from nsa_dist.model import Decoder
+from nsa_dist.parallel.exchange import all_gather, all_reduce
+from nsa_dist.parallel.layout import make_layout
+from nsa_dist.parallel.ledger import as_table, summarise
+from nsa_dist.parallel.mesh import Mesh, make_mesh
+from nsa_dist.parallel.parameters import clip_gradients, shard_parameters
+from nsa_dist.parallel.sequence import ShardedSequence
+from nsa_dist.rivals import DTYPES, RIVALS, grad_dtype, rival_tables
+from nsa_dist.rundir import Resume, event, load_resume
+
+Report = Callable[[dict[str, Any]], bool | None]
+
+
+class TrainingError(RuntimeError):
+    """Training can't go on; the message is one line, the checkpoints are as they were."""
+
+
+def train(config: Config, resume: Resume, report: Report) -> None:
+    """Trains to `train.steps`, or until it is asked to stop; ends with a checkpoint either way.
+
+    launch.device must be `cpu` or `cuda` by now. report: called on every rank with {"kind": "beat", "step": n}
+    after a step, where it may return True: stop, all ranks together; on rank 0 also with {"kind": "step",
+    "line": …} and {"kind": "say", "text": …}.
+
+    Raises TrainingError for a loss or gradient that is not finite, ConfigError for a checkpoint that doesn't fit.
+    """
+    device = torch.device(config.launch.device)
+    mesh = make_mesh(config.parallel.dp, config.parallel.cp, config.parallel.shard, device.type)
+    first = mesh.world.rank == 0
+
+    def say(text: str) -> None:
+        if first:
+            report({"kind": "say", "text": text})
+
+    corpus, held_out = open_corpora(config.data)
+    reader = Reader(config, mesh, device)
+    model, optimizer = build(config, corpus.vocab_size, mesh, device)
+    state = training_state(model, optimizer)
+    saver = Checkpointer(config.run.dir, config.train.keep_checkpoints)
+
+    loaded = load_resume(resume, config.run.dir, state)
+    start = 0
+    if loaded and resume.same_run:
+        start = int(loaded["step"])
+        restore_random(loaded)
+    steps, saved = last_step(config, corpus), start
+    if first:
+        event(config.run.dir, "training", step=start, steps=steps, ranks=mesh.world.size, corpus=corpus.meta)
+        say(summary(config, model, corpus, start, steps))
+    writer = MetricsWriter(config.run.dir, start, say) if first else None
+    mesh.ledger.take()
+    asked = False
+
+    for step in range(start + 1, steps + 1):
+        began = time.perf_counter()
+        if any_rank(mesh, asked, device):
+            say(f"stopping after step {step - 1}, as asked")
+            steps = step - 1
+            break
+        rate = learning_rate(config, step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        batches = reader.training(corpus, step)
+        loss, rivals = forward_backward(config, model, batches, mesh)
+        norm = clip_gradients(model.parameters(), mesh, config.train.clip)
+        check_finite(config, step, loss, norm, saved)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        comm = traffic_record(mesh, rivals)
+        seconds = time.perf_counter() - began
+        tokens = sum(batch.sequence.packing.tokens for batch in batches) * mesh.dp.size
+        record: dict[str, Any] = {
+            "step": step,
+            "loss": loss,
+            "grad_norm": norm,
+            "tokens": tokens,
+            "lr": rate,
+            "step_s": seconds,
+        }
+        record |= {"tokens_per_s": tokens / seconds, "memory_bytes": memory_bytes(), "comm": comm}
+        if held_out and due(step, config.train.validate_every, steps):
+            record["validation"] = validate(config, model, reader.validation(held_out), mesh)
+        if due(step, config.train.checkpoint_every, steps):
+            saver.save(step, state, {"sequences": step * config.data.batch_size})
+            saved = step
+        if writer:
+            writer.step(record)
+            if due(step, config.train.log_every, steps):
+                report({"kind": "step", "line": progress(record, steps, mesh.world.size)})
+        asked = bool(report({"kind": "beat", "step": step}))
+
+    if steps > saved:  # stopped between two checkpoints
+        saver.save(steps, state, {"sequences": steps * config.data.batch_size})
+    saver.wait()
+    if writer:
+        writer.close()
+
+
+def build(config: Config, vocab_size: int, mesh: Mesh, device: torch.device) -> tuple[Decoder, torch.optim.AdamW]:
+    """The model, the same on any number of ranks, its parameters sharded; and its optimiser."""
+    compute = DTYPES[config.train.dtype]
+    torch.manual_seed(config.run.seed)
+    model = Decoder(config, config.model.vocab_size or vocab_size)
+    model.to(device=device, dtype=torch.promote_types(compute, torch.float32))
+    shard_parameters(model, model.layers, mesh, compute)
+    # Norms and biases don't decay.
+    decays = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": decays, "weight_decay": config.train.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    train = config.train
+    return model, torch.optim.AdamW(groups, lr=train.lr, betas=(train.beta1, train.beta2), eps=train.eps)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This rank's part of one packed sequence. `counts` False: a stand-in, so that all ranks take part."""
+
+    tokens_S: Tensor
+    labels_S: Tensor
+    sequence: ShardedSequence
+    counts: bool = True
+
+    @property
+    def labelled(self) -> int:
+        return int((self.labels_S != IGNORED).sum()) if self.counts else 0
+
+
+class Reader:
+    """Reads this rank's part of sequences."""
+
+    def __init__(self, config: Config, mesh: Mesh, device: torch.device) -> None:
+        self.config, self.mesh, self.device = config, mesh, device
+        self.spec, self.grad_dtype = nsa_spec(config.nsa), grad_dtype(config)
+
+    def training(self, corpus: Corpus, step: int) -> list[Batch]:
+        """The sequences of one step that this rank's place on the dp axis works on, one after the other."""
+        size, dp = self.config.data.batch_size, self.mesh.dp
+        first = (step - 1) * size
+        return [self._batch(corpus, corpus.sequence(i)) for i in range(first + dp.rank, first + size, dp.size)]
+
+    def validation(self, corpus: Corpus) -> list[Batch]:
+        """The first `train.validation_sequences`, dealt over the dp axis; where they run out, stand-ins."""
+        assert corpus.count is not None  # held-out text ends
+        number, dp = min(self.config.train.validation_sequences, corpus.count), self.mesh.dp
+        rounds = -(-number // dp.size)
+        indices = [i * dp.size + dp.rank for i in range(rounds)]
+        return [self._batch(corpus, corpus.sequence(i if i < number else 0), i < number) for i in indices]
+
+    def _batch(self, corpus: Corpus, packed: Packed, counts: bool = True) -> Batch:
+        packing, axis = Packing(packed.cu_seqlens, self.spec), self.mesh.cp
+        layout = make_layout(self.config.parallel.layout, packing.tokens, axis.size, self.spec.select_block)
+        sequence = ShardedSequence(packing, layout, axis, self.device, self.grad_dtype)
+        ranges = [(int(a), int(b)) for a, b in layout.segments(axis.rank)]
+        tokens, labels = corpus.read(packed, ranges)
+        on_device = [torch.from_numpy(x).to(self.device) for x in (tokens, labels)]
+        return Batch(on_device[0], on_device[1], sequence, counts)
+
+
+def forward_backward(config: Config, model: Decoder, batches: list[Batch], mesh: Mesh) -> tuple[float, Ints]:
+    """The step's mean loss, gradients left in the parameters; and this rank's bytes under each rival."""
+    labels = torch.tensor([sum(b.labelled for b in batches)], dtype=torch.float64, device=home(mesh))
+    total = float(all_reduce(mesh.world, labels)) or 1.0  # a global batch without a label has loss 0
+    loss, rivals = torch.zeros_like(labels), []
+    for batch in batches:
+        token_losses = model(batch.tokens_S, batch.labels_S, batch.sequence)
+        loss += token_losses.detach().sum(dtype=torch.float64)
+        # FSDP2 takes the mean over ranks; wanted is the sum over ranks, over the labels of all.
+        (token_losses.sum() * (mesh.world.size / total)).backward()
+        rivals.append(rival_tables(config, batch.sequence))
+    return float(all_reduce(mesh.world, loss)) / total, np.sum(rivals, axis=0)
+
+
+@torch.no_grad()
+def validate(config: Config, model: Decoder, batches: list[Batch], mesh: Mesh) -> dict[str, Any]:
+    """Mean loss over the held-out sequences, and by position in the document: up to 64 tokens, 128, 256 …"""
+    edges = [64 << i for i in range(max(1, math.ceil(math.log2(config.data.seq_len / 64)) + 1))]
+    sums = torch.zeros(len(edges), 2, dtype=torch.float64, device=home(mesh))
+    for batch in batches:
+        losses = model(batch.tokens_S, batch.labels_S, batch.sequence).double()
+        counted = (batch.labels_S != IGNORED).double() * batch.counts
+        bucket = torch.bucketize(
+            batch.sequence.position_S, torch.tensor(edges[:-1], device=losses.device), right=True
+        )
+        sums.index_add_(0, bucket, torch.stack([losses * counted, counted], dim=-1))
+    all_reduce(mesh.world, sums)
+    mesh.ledger.take()  # a step's traffic is that of training
+    total, count = sums.sum(0).tolist()
+    by_position = {f"<{edge}": s / n for edge, (s, n) in zip(edges, sums.tolist(), strict=True) if n}
+    return {"loss": total / max(count, 1.0), "tokens": int(count), "by_position": by_position}
+
+
+def traffic_record(mesh: Mesh, rivals: Ints) -> dict[str, Any]:
+    """The step's `comm`: mean and maximum over ranks of what was sent and received, and would have been."""
+    own = as_table(mesh.ledger.take())
+    tables = torch.from_numpy(np.concatenate([own[None], rivals])).to(home(mesh))
+    every = all_gather(mesh.world, tables, "control", "forward").wait().cpu().numpy()
+    comm: dict[str, Any] = summarise(every[:, 0])
+    possible = {name: every[:, i + 1] for i, name in enumerate(RIVALS) if (every[:, i + 1] >= 0).all()}
+    comm["rivals"] = {name: summarise(table) for name, table in possible.items()}
+    return comm
+
+
+def any_rank(mesh: Mesh, flag: bool, device: torch.device) -> bool:
+    """True on every rank where the flag is up on one."""
+    return bool(all_reduce(mesh.world, torch.tensor([float(flag)], device=device)))
+
+
+def check_finite(config: Config, step: int, loss: float, norm: float, saved: int) -> None:
+    """Before the step is taken, so that neither the parameters nor a checkpoint ever hold the damage."""
+    for name, value in (("loss", loss), ("grad_norm", norm)):
+        if not math.isfinite(value):
+            kept = f"the last checkpoint, of step {saved}, is untouched" if saved else "there is no checkpoint yet"
+            raise TrainingError(
+                f"{name}={value} at step {step}: must be finite; {kept} "
+                f"(try a train.lr below {config.train.lr:g}, or train.clip)"
+            )
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """The rate of step 1, 2, …: linear warm-up, then a cosine, or constant with a linear decay at the end."""
+    train = config.train
+    if step <= train.warmup_steps:
+        return train.lr * step / train.warmup_steps
+    if train.schedule == "cosine":
+        done = (step - train.warmup_steps) / max(train.steps - train.warmup_steps, 1)
+        return train.lr * (train.min_lr + (1 - train.min_lr) * (1 + math.cos(math.pi * done)) / 2)
+    decay = train.decay_steps or max(train.steps // 5, 1)
+    left = min(1.0, (train.steps - step) / decay)
+    return train.lr * (train.min_lr + (1 - train.min_lr) * left)
+
+
+def last_step(config: Config, corpus: Corpus) -> int:
+    """`train.steps`, or where `data.epochs` end before."""
+    if not config.data.epochs:
+        return config.train.steps
+    return min(config.train.steps, corpus.sequences_in(config.data.epochs) // config.data.batch_size)
+
+
+def due(step: int, every: int, last: int) -> bool:
+    return step == last or (every > 0 and step % every == 0)
+
+
+def summary(config: Config, model: Decoder, corpus: Corpus, start: int, steps: int) -> str:
+    """What is about to be trained, in one line."""
+    parallel, parameters = config.parallel, sum(p.numel() for p in model.parameters())
+    begin = f"from step {start}" if start else "from the start"
+    return (
+        f"{parameters:,} parameters, {steps} steps {begin}, {config.data.batch_size} sequences of "
+        f"{config.data.seq_len:,} tokens a step, {corpus.tokens_per_epoch:,} tokens an epoch; "
+        f"dp {parallel.dp} x cp {parallel.cp}, {parallel.layout}, exchange {parallel.exchange}"
+    )
+
+
+def home(mesh: Mesh) -> torch.device:
+    """Where this rank computes."""
+    return torch.device(mesh.parameters.device_type)
