@@ -23,14 +23,14 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from nsa_dist.launch.worker import Group, Outcome, Worker
-from nsa_dist.process import RunFailed
+from nsa_dist.process import RunFailed, cores
 
 OnReport = Callable[[int, dict[str, Any]], None]
 
 _POLL_S = 1.0  # a worker's answer is held back so long when it has nothing to report
 _PLACE_S = 60.0  # for the cluster to reserve its places
 # The survivors' collective errors arrive before the failure that caused them: wait for it so long,
-_CAUSE_S = 5.0
+_CAUSE_S = 10.0
 # and once it is there, for an earlier one that is still on its way.
 _EARLIER_S = 0.5
 
@@ -91,7 +91,7 @@ def _workers(world_size: int, device: str, logs: Path) -> Iterator[list[Any]]:
     group = placement_group([{"CPU": 1, "GPU": gpus}] * world_size, strategy="STRICT_PACK")
     if not group.wait(_PLACE_S):
         raise RuntimeError(f"Ray found no place for {world_size} workers in {_PLACE_S:.0f} s")
-    threads = max(1, len(os.sched_getaffinity(0)) // world_size)
+    threads = max(1, cores() // world_size)
     actor = ray.remote(Worker)
     workers: list[Any] = [
         actor.options(

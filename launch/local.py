@@ -4,8 +4,9 @@ import functools
 import logging
 import os
 import secrets
-import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,8 @@ from typing import Any
 
 from nsa_dist.config import Config
 from nsa_dist.console import Console
-from nsa_dist.process import choose_device
+from nsa_dist.launch.guard import __file__ as guard_file
+from nsa_dist.process import choose_device, cores
 from nsa_dist.session import session
 
 # Ray reads these when it is imported and when it starts its processes; there are no arguments for them.
@@ -76,9 +78,8 @@ def private_ray(workers: int, gpus: int) -> Iterator[None]:
     the environment says, and leaves neither process nor file behind. Raises RuntimeError where Ray was imported
     before, with other settings.
     """
-    folder = tempfile.mkdtemp(prefix="nsa-", dir="/tmp")  # short: the paths of sockets are limited
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    try:
+    with _guarded_folder() as folder:
         with _ray_environment():
             import ray
 
@@ -86,7 +87,7 @@ def private_ray(workers: int, gpus: int) -> Iterator[None]:
                 raise RuntimeError("Ray was imported before nsa_dist.launch.local: it would listen to other machines")
             ray.init(
                 address="local",
-                num_cpus=max(workers, len(os.sched_getaffinity(0))),
+                num_cpus=max(workers, cores()),
                 num_gpus=gpus,
                 object_store_memory=_OBJECT_STORE_BYTES,
                 include_dashboard=False,
@@ -95,26 +96,36 @@ def private_ray(workers: int, gpus: int) -> Iterator[None]:
                 _temp_dir=folder,
             )
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own in its place
-        yield
-    finally:
-        if "ray" in locals():
+        try:
+            yield
+        finally:
             ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _guarded_folder() -> Iterator[str]:
+    """A folder for Ray's files; a process beside this one removes it, and who still uses it, at the end."""
+    folder = tempfile.mkdtemp(prefix="nsa-", dir="/tmp")  # short: the paths of sockets are limited
+    # In a session of its own: Ctrl-C at a terminal reaches everything else.
+    guard = subprocess.Popen(
+        [sys.executable, "-I", "-S", guard_file, folder], stdin=subprocess.PIPE, start_new_session=True
+    )
+    with guard:  # at its end closes the guard's input, and waits for it
+        yield folder
 
 
 @contextmanager
 def _ray_environment() -> Iterator[None]:
-    """The environment with our settings of Ray in place of the user's."""
-    before = {name: value for name, value in os.environ.items() if name.startswith("RAY_")}
-    ours = _RAY_SETTINGS | {"RAY_AUTH_TOKEN": _token()}
+    """The environment with our settings of Ray in place of the user's; as it was, afterwards."""
+    before = dict(os.environ)
     for name in before:
-        del os.environ[name]
-    os.environ.update(ours)
+        if name.startswith("RAY_"):
+            del os.environ[name]
+    os.environ.update(_RAY_SETTINGS, RAY_AUTH_TOKEN=_token())
     try:
         yield
     finally:
-        for name in ours:
-            os.environ.pop(name, None)
+        os.environ.clear()
         os.environ.update(before)
 
 

@@ -81,9 +81,7 @@ class SourceConfig:
 
 @dataclass
 class DataConfig:
-    source: str = (
-        "builtin:python-stdlib"  # text, JSONL or Parquet file, a folder of them, or builtin:python-stdlib
-    )
+    source: str = "builtin:python-stdlib"  # text, JSONL or Parquet file, a folder of them, or builtin:python-stdlib
     sources: list[SourceConfig] = field(default_factory=list)  # several, with weights; replaces data.source
     validation: Any = 0.05  # share of the documents held out, or a path
     tokenizer: str = "bytes"  # or a `tokenizers` file (JSON)
@@ -244,9 +242,7 @@ def _check_key(key: str) -> None:
         return
     near = difflib.get_close_matches(key, known, 1, cutoff=0.5)
     last = [k for k in known if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-    hint = (
-        f"; nearest: {(last or near)[0]}" if last or near else f"; sections: {', '.join(_known_keys()[:0])}"
-    )
+    hint = f"; nearest: {(last or near)[0]}" if last or near else f"; sections: {', '.join(_known_keys()[:0])}"
     raise ConfigError(f"unknown key '{key}'{hint}")
 
 
@@ -263,12 +259,8 @@ def check_config(config: Config) -> Config:
             near = difflib.get_close_matches(str(value), allowed, 1)
             hint = f"; nearest: {near[0]}" if near else ""
             raise ConfigError(f"{key}={value}: must be one of {', '.join(allowed)}{hint}")
-    at_least_one = (
-        "model.layers model.width model.heads model.kv_heads model.head_dim data.seq_len data.batch_size"
-    )
-    for key in (
-        at_least_one + " train.steps parallel.dp parallel.cp train.log_every launch.timeout_s"
-    ).split():
+    at_least_one = "model.layers model.width model.heads model.kv_heads model.head_dim data.seq_len data.batch_size"
+    for key in (at_least_one + " train.steps parallel.dp parallel.cp train.log_every launch.timeout_s").split():
         _require(_get(config, key) >= 1, key, _get(config, key), "at least 1")
     zero_or_more = "model.value_dim model.ffn model.vocab_size data.epochs parallel.exchange_max_bytes"
     zero_or_more += " parallel.shard train.warmup_steps train.decay_steps train.checkpoint_every run.seed"
@@ -295,9 +287,7 @@ def _require(fine: bool, key: str, value: Any, allowed: str) -> None:
 
 def _check_model(config: Config) -> None:
     model = config.model
-    _require(
-        len(model.attention) >= 1, "model.attention", model.attention, f"a list of {', '.join(LAYER_KINDS)}"
-    )
+    _require(len(model.attention) >= 1, "model.attention", model.attention, f"a list of {', '.join(LAYER_KINDS)}")
     for kind in model.attention:
         _require(kind in LAYER_KINDS, "model.attention", kind, f"one of {', '.join(LAYER_KINDS)}")
     if model.heads % model.kv_heads:
@@ -309,9 +299,7 @@ def _check_model(config: Config) -> None:
 def _check_parallel(config: Config) -> None:
     parallel, model, data = config.parallel, config.model, config.data
     if data.batch_size % parallel.dp:
-        raise ConfigError(
-            f"data.batch_size={data.batch_size}: must be a multiple of parallel.dp={parallel.dp}"
-        )
+        raise ConfigError(f"data.batch_size={data.batch_size}: must be a multiple of parallel.dp={parallel.dp}")
     world = parallel.dp * parallel.cp
     if parallel.shard and world % parallel.shard:
         raise ConfigError(f"parallel.shard={parallel.shard}: must divide the {world} ranks (dp x cp)")

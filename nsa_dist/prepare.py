@@ -47,12 +47,12 @@ def prepare_source(name: str, config: DataConfig, say: Callable[[str], None]) ->
     """The folder with the source's tokens, made now unless it is there already.
 
     Several processes may prepare one source at once: each writes its own folder, the first to end wins.
-    `say` gets lines of progress. Raises ConfigError for what can't be read, and for fewer than 2 tokens.
+    `say` gets lines of progress. Raises ConfigError for what can't be read, and for fewer than 2 tokens;
+    a folder that is there is checked when it is opened.
     """
     source = find_source(name)
     folder = _folder(source, config)
     if folder.exists():
-        open_folder(folder)
         return folder
     tokenizer = load_tokenizer(config)
     try:

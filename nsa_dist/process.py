@@ -3,6 +3,7 @@
 Shared by the workers that launch/ starts and by the processes that torchrun starts; knows neither.
 """
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,11 @@ class RunFailed(RuntimeError):
     def __init__(self, rank: int, cause: str, log: Path, bad_input: bool = False) -> None:
         super().__init__(cause if bad_input else f"rank {rank}: {cause}; see {log}")
         self.rank, self.cause, self.bad_input = rank, cause, bad_input
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def choose_device(wanted: str, local_ranks: int) -> str:

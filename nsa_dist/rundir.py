@@ -163,8 +163,13 @@ def _holds_run(run_dir: Path) -> bool:
 def _from_path(config: Config, path: Path) -> Resume:
     """Another run's checkpoints. A run that once began there, and has its own by now, goes on from those."""
     run_dir = Path(config.run.dir)
-    if run_dir.resolve() in (path.resolve(), path.resolve().parent.parent):
-        raise ConfigError(f"run.resume={path}: is inside run.dir={run_dir}; must be auto, or another run's")
+    if path.resolve() == run_dir.resolve():
+        return own_checkpoints(config)
+    if path.resolve().parent.parent == run_dir.resolve():  # back to an earlier step of this run
+        chosen = tuple(own for own in own_checkpoints(config).checkpoints if own.resolve() == path.resolve())
+        if not chosen:
+            raise ConfigError(f"run.resume={path}: must be one of this run's whole checkpoints")
+        return Resume(chosen, same_run=True)
     if checkpoints(run_dir):
         if _began_at(run_dir) != str(path):
             raise ConfigError(f"run.dir={run_dir}: holds another run; must be a new folder with run.resume={path}")

@@ -1,7 +1,10 @@
 """A run's opening and end, the same under every launcher, in the one process that holds the run's lock."""
 
+import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 
 from nsa_dist.config import Config
 from nsa_dist.console import Console
@@ -20,7 +23,7 @@ def session(config: Config, console: Console, world_size: int, device: str) -> I
     run_dir = config.run.dir
     with RunLock(run_dir):
         resume = open_run(config)
-        event(run_dir, "start", world_size=world_size, device=device, dp=config.parallel.dp, cp=config.parallel.cp)
+        event(run_dir, "start", world_size=world_size, device=device, config_sha256=_digest(config))
         try:
             yield resume
         except RunFailed as error:
@@ -34,3 +37,7 @@ def session(config: Config, console: Console, world_size: int, device: str) -> I
         finally:
             console.end_line()
         event(run_dir, "end")
+
+
+def _digest(config: Config) -> str:
+    return hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()

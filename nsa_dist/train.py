@@ -27,7 +27,7 @@ from nsa_dist.parallel.mesh import Mesh, make_mesh
 from nsa_dist.parallel.parameters import clip_gradients, shard_parameters
 from nsa_dist.parallel.sequence import ShardedSequence
 from nsa_dist.rivals import DTYPES, RIVALS, grad_dtype, rival_tables
-from nsa_dist.rundir import Resume, event, load_resume
+from nsa_dist.rundir import Resume, event, fitting, load_resume
 
 Report = Callable[[dict[str, Any]], bool | None]
 
@@ -61,10 +61,15 @@ def train(config: Config, resume: Resume, report: Report) -> None:
 
     loaded = load_resume(resume, config.run.dir, state)
     start = 0
-    if loaded and resume.same_run:
+    if loaded:
         start = int(loaded["step"])
         restore_random(loaded)
-    steps, saved = last_step(config, corpus), start
+    # Sequences follow from the step, so the step is the data's position too.
+    steps, saved, numbers = (
+        last_step(config, corpus),
+        start,
+        {"config": fitting(config), "corpus": corpus.meta["sha256"]},
+    )
     if first:
         event(config.run.dir, "training", step=start, steps=steps, ranks=mesh.world.size, corpus=corpus.meta)
         say(summary(config, model, corpus, start, steps))
@@ -103,7 +108,7 @@ def train(config: Config, resume: Resume, report: Report) -> None:
         if held_out and due(step, config.train.validate_every, steps):
             record["validation"] = validate(config, model, reader.validation(held_out), mesh)
         if due(step, config.train.checkpoint_every, steps):
-            saver.save(step, state, {"sequences": step * config.data.batch_size})
+            saver.save(step, state, numbers)
             saved = step
         if writer:
             writer.step(record)
@@ -112,7 +117,7 @@ def train(config: Config, resume: Resume, report: Report) -> None:
         asked = bool(report({"kind": "beat", "step": step}))
 
     if steps > saved:  # stopped between two checkpoints
-        saver.save(steps, state, {"sequences": steps * config.data.batch_size})
+        saver.save(steps, state, numbers)
     saver.wait()
     if writer:
         writer.close()
@@ -161,12 +166,14 @@ class Reader:
         return [self._batch(corpus, corpus.sequence(i)) for i in range(first + dp.rank, first + size, dp.size)]
 
     def validation(self, corpus: Corpus) -> list[Batch]:
-        """The first `train.validation_sequences`, dealt over the dp axis; where they run out, stand-ins."""
+        """`train.validation_sequences` spread over the held-out text, dealt over the dp axis; where they run out,
+        stand-ins."""
         assert corpus.count is not None  # held-out text ends
         number, dp = min(self.config.train.validation_sequences, corpus.count), self.mesh.dp
         rounds = -(-number // dp.size)
         indices = [i * dp.size + dp.rank for i in range(rounds)]
-        return [self._batch(corpus, corpus.sequence(i if i < number else 0), i < number) for i in indices]
+        chosen = [i * corpus.count // number if i < number else 0 for i in indices]
+        return [self._batch(corpus, corpus.sequence(j), i < number) for i, j in zip(indices, chosen, strict=True)]
 
     def _batch(self, corpus: Corpus, packed: Packed, counts: bool = True) -> Batch:
         packing, axis = Packing(packed.cu_seqlens, self.spec), self.mesh.cp
@@ -252,10 +259,10 @@ def learning_rate(config: Config, step: int) -> float:
 
 
 def last_step(config: Config, corpus: Corpus) -> int:
-    """`train.steps`, or where `data.epochs` end before."""
+    """`train.steps`, or where `data.epochs` end before, but one step at least."""
     if not config.data.epochs:
         return config.train.steps
-    return min(config.train.steps, corpus.sequences_in(config.data.epochs) // config.data.batch_size)
+    return min(config.train.steps, max(corpus.sequences_in(config.data.epochs) // config.data.batch_size, 1))
 
 
 def due(step: int, every: int, last: int) -> bool:

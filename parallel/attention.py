@@ -78,12 +78,12 @@ class NSAExchange(Operation):
 
         # What others computed for our rows comes back while we do our own part.
         dq_slc, own_slc, returned = self._selected_backward(do_slc, inputs, lse_slc, deltas[1], picks, bits, kept)
-        d_cmp = unpack(seq.compressed.finish(own_cmp, sent_cmp), k_cmp, v_cmp)
-        d_win = unpack(seq.window_halo.finish(own_win, sent_win), k_win, v_win)
+        home_cmp = unpack(seq.compressed.finish(own_cmp, sent_cmp), k_cmp, v_cmp)
+        home_win = unpack(seq.window_halo.finish(own_win, sent_win), k_win, v_win)
         for fetch, pending in returned:
             add_returned(seq.axis, own_slc.flatten(0, 1), pending.wait(), fetch.plan.rows)
-        dk, dv = k_slc.shape[2], v_slc.shape[2]
-        return [dq_cmp + dq_win + dq_slc, *d_cmp, *own_slc.split([dk, dv], dim=-1), *d_win, d_gates]
+        home_slc = own_slc.split([k_slc.shape[2], v_slc.shape[2]], dim=-1)
+        return [dq_cmp + dq_win + dq_slc, *home_cmp, *home_slc, *home_win, d_gates]
 
     def _selected_backward(
         self,

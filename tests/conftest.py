@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "nsa_dist.parallel.exchanges"])
+_context.set_forkserver_preload(["nsa_dist.train", "torch.utils.tensorboard", "torch.distributed.checkpoint"])
 
 
 def run_ranks(ranks: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
@@ -19,7 +19,9 @@ def run_ranks(ranks: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
     with tempfile.TemporaryDirectory() as folder:
         queue = _context.SimpleQueue()
         processes = [
-            _context.Process(target=_entry, args=(rank, ranks, f"file://{folder}/store", queue, fn, args), daemon=True)
+            _context.Process(
+                target=_entry, args=(rank, ranks, f"file://{folder}/store", queue, fn, args), daemon=True
+            )
             for rank in range(ranks)
         ]
         for process in processes:

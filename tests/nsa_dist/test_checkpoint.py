@@ -188,8 +188,10 @@ def run_ranks(name: str, ranks: int, folder: Path, *arguments: Any) -> list[Any]
 
 
 def flip(file: Path) -> None:
+    """Flips a bit in the middle; of a manifest in the first digest, as its other words don't matter."""
     data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
+    at = data.index(b"sha256") + 12 if file.name == "manifest.json" else len(data) // 2
+    data[at] ^= 1
     file.write_bytes(data)
 
 
@@ -279,27 +281,18 @@ def cut(file: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["manifest.json", ".metadata", "trainer.json", "__0_0.distcp"])
-@pytest.mark.parametrize("damage", [cut, flip, Path.unlink])
+@pytest.mark.parametrize("damage", [cut, Path.unlink, flip])
 def test_damage_is_named_and_changes_no_tensor(tmp_path: Path, name: str, damage: Any) -> None:
     path = save_plain(tmp_path, 1)
     damage(path / name)
-    if (name, damage) == ("manifest.json", flip) and still_says_the_same(path):
-        pytest.skip("the flipped bit is in the manifest's own description")
     tensor = torch.zeros(4, 3)
     for check in (lambda: verify(path), lambda: load(path, {"w": tensor})):
         with pytest.raises(CheckpointError) as error:
             check()
         assert path.name in str(error.value) and "\n" not in str(error.value)
     assert not tensor.any()
-    assert newest(tmp_path) is None or (damage is flip and name in (".metadata", "__0_0.distcp"))
-
-
-def still_says_the_same(path: Path) -> bool:
-    try:
-        verify(path)
-    except CheckpointError:
-        return False
-    return True
+    if damage is not flip:  # which shows only when everything is read
+        assert newest(tmp_path) is None
 
 
 class Malicious:

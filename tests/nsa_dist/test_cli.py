@@ -1,0 +1,194 @@
+"""The command line: bad input before any worker starts, real runs, signals, torchrun."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nsa_dist.cli import main
+from nsa_dist.console import Console
+from nsa_dist.process import RunFailed
+
+TINY = """
+model: {layers: 1, width: 32, heads: 2, head_dim: 16, ffn: 64}
+nsa: {select_block: 32, select_count: 3, window: 32}
+data: {source: SOURCE, cache_dir: CACHE, seq_len: 128, validation: 0}
+train: {steps: 3, warmup_steps: 1}
+parallel: {cp: 2}
+launch: {device: cpu}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    source = tmp_path / "corpus.txt"
+    source.write_text("Whatever is worth doing is worth doing well. " * 200)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY.replace("SOURCE", str(source)).replace("CACHE", str(tmp_path / "cache")))
+    return path
+
+
+def events(run_dir: Path) -> list[str]:
+    return [json.loads(line)["kind"] for line in (run_dir / "events.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["train", "no-such.yaml"], ["no-such.yaml"]),
+        (["train", "RECIPE", "model.layer=3"], ["model.layer", "model.layers"]),
+        (["train", "RECIPE", "parallel.layout=zigzap"], ["parallel.layout=zigzap", "contiguous, zigzag"]),
+        (["train", "RECIPE", "data.source=missing.txt"], ["missing.txt"]),
+        (["train", "RECIPE", "launch.backend=torchrun"], ["torchrun --nproc-per-node=2 -m nsa_dist train"]),
+        (["train", "RECIPE", "run.dir=/dev/null/run"], ["/dev/null/run"]),
+        (["prepare", "RECIPE", "data.tokenizer=none.json"], ["none.json"]),
+        (["report", "no-such-run"], ["no-such-run"]),
+    ],
+)
+def test_bad_input_is_one_line_before_any_worker_starts(
+    words: list[str],
+    names: list[str],
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("nsa_dist.launch.local.run_local", None)  # to start a worker would be a TypeError
+    assert main([str(recipe) if word == "RECIPE" else word for word in words]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("nsa-dist: error: ") and told.count("\n") == 1
+    assert all(name in told for name in names)
+
+
+def test_more_ranks_than_gpus_names_both(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert main(["train", str(recipe), f"run.dir={tmp_path}/run", "launch.device=auto"]) == 2
+    told = capsys.readouterr().err
+    assert "2 ranks" in told and "it has 1" in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_trains(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    assert main(["train", str(recipe), f"run.dir={run_dir}"]) == 0
+    out, err = capfd.readouterr()
+    assert err == ""
+    steps = [line.split()[1] for line in out.splitlines() if line.startswith("step ")]
+    assert steps == ["1/3", "2/3", "3/3"]
+    kinds = [kind for kind in events(run_dir) if kind in ("start", "end", "failure")]
+    assert kinds == ["start", "end"]
+
+
+@pytest.mark.parametrize(("bad_input", "status"), [(False, 1), (True, 2)])
+def test_a_failure_is_told_and_written_down(
+    recipe: Path,
+    tmp_path: Path,
+    bad_input: bool,
+    status: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*args: object) -> None:
+        raise RunFailed(1, "ValueError: too small", Path("rank-1.txt"), bad_input)
+
+    monkeypatch.setattr("nsa_dist.launch.local.run_local", fail)
+    assert main(["train", str(recipe), f"run.dir={tmp_path}/run"]) == status
+    told = "ValueError: too small" if bad_input else "rank 1: ValueError: too small; see rank-1.txt"
+    assert capsys.readouterr().err == f"nsa-dist: error: {told}\n"
+    last = json.loads((tmp_path / "run" / "events.jsonl").read_text().splitlines()[-1])
+    assert (last["kind"], last["rank"], last["cause"]) == ("failure", 1, "ValueError: too small")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_run(recipe: Path, tmp_path: Path, number: signal.Signals, status: int) -> None:
+    words = ["train", str(recipe), f"run.dir={tmp_path}/run", "train.steps=100000"]
+    run = subprocess.Popen(
+        [sys.executable, "-m", "nsa_dist", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert run.stdout is not None
+    while not (line := run.stdout.readline()).startswith("step 2/"):
+        assert line, "ended before its second step"
+    if number == signal.SIGINT:  # as a terminal does: to everything in the foreground
+        os.killpg(run.pid, number)
+    else:
+        run.send_signal(number)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == status
+    assert err.count("\n") == 1 and err.startswith("nsa-dist: ")
+    assert events(tmp_path / "run")[-1] == "failure"
+    with pytest.raises(ProcessLookupError):  # nobody is left in its process group
+        time.sleep(1)
+        os.killpg(run.pid, 0)
+
+
+def torchrun(recipe: Path, tmp_path: Path, processes: int, *words: str) -> subprocess.CompletedProcess[str]:
+    """Under torchrun, where `import ray` fails."""
+    (tmp_path / "ray.py").write_text("raise ImportError('Ray must not be needed')")
+    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "nsa_dist"]
+    return subprocess.run(
+        [sys.executable, *command, "train", str(recipe), f"run.dir={tmp_path}/run", *words],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_torchrun_trains_without_ray(recipe: Path, tmp_path: Path) -> None:
+    done = torchrun(recipe, tmp_path, 2)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith("step ")] == ["1/3", "2/3", "3/3"]
+    assert "end" in events(tmp_path / "run")
+
+
+def test_torchrun_tells_once_what_only_rank_0_finds(recipe: Path, tmp_path: Path) -> None:
+    done = torchrun(recipe, tmp_path, 2, "data.source=missing.txt")
+    told = [line for line in done.stderr.splitlines() if line.startswith("nsa-dist: error: ")]
+    assert done.returncode != 0
+    assert len(told) == 1 and "missing.txt" in told[0]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_torchrun_with_another_number_of_processes(
+    recipe: Path, rank: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 6, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
+    for name, value in there.items():
+        monkeypatch.setenv(name, str(value))
+    assert main(["train", str(recipe), "parallel.dp=1"]) == 2
+    told = capsys.readouterr().err
+    if rank == 0:
+        assert "WORLD_SIZE=6" in told and "parallel.cp=2 = 2 processes" in told
+    else:
+        assert told == ""
+
+
+def test_progress_is_rewritten_in_place_on_a_terminal_only() -> None:
+    import io
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    shown = {}
+    for stream in (Terminal(), io.StringIO()):
+        console = Console(stream)
+        for event in ({"kind": "step", "line": "a"}, {"kind": "beat"}, {"kind": "step", "line": "b"}):
+            console.report(event)
+        console.report({"kind": "say", "text": "done"})
+        shown[stream.isatty()] = stream.getvalue()
+    assert shown == {True: "\r\x1b[Ka\r\x1b[Kb\ndone\n", False: "a\nb\ndone\n"}
