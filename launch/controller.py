@@ -25,7 +25,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from nsa_dist.launch.worker import Group, Outcome, Worker
 from nsa_dist.process import RunFailed, cores
 
-OnReport = Callable[[int, dict[str, Any]], None]
+OnReport = Callable[[int, dict[str, Any]], object]
 
 _POLL_S = 1.0  # a worker's answer is held back so long when it has nothing to report
 _PLACE_S = 60.0  # for the cluster to reserve its places
@@ -52,11 +52,13 @@ def run_workers(
     logs: Path,
     device: str = "cpu",
     timeout_s: float = 600,
+    stop: Callable[[], bool] = lambda: False,
 ) -> list[Any]:
     """Runs fn(*args, report=...) in `world_size` processes of one node; their results in the order of ranks.
 
     In each, torch.distributed is initialised (collectives wait timeout_s seconds at most) and output goes to
-    logs/rank-N.txt. on_report(rank, event) is called here for each report(event) there. All workers have ended,
+    logs/rank-N.txt. on_report(rank, event) is called here for each report(event) there; once stop() is True,
+    report answers True there, which asks the function to end. All workers have ended,
     whatever happens, when this returns or raises. Raises RunFailed naming the first cause; the others are
     ended with it.
     """
@@ -64,7 +66,7 @@ def run_workers(
         call = cloudpickle.dumps((fn, args))
         for rank, worker in enumerate(workers):
             worker.run.remote(Group(rank, world_size, port, device, timeout_s), call)
-        return _Watch(workers, on_report, logs).results()
+        return _Watch(workers, on_report, logs, stop).results()
 
 
 @contextmanager
@@ -97,7 +99,7 @@ def _workers(world_size: int, device: str, logs: Path) -> Iterator[list[Any]]:
         actor.options(
             num_cpus=1,
             num_gpus=gpus,
-            max_concurrency=2,
+            max_concurrency=3,
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
         ).remote(str((logs / f"rank-{rank}.txt").absolute()), threads)
         for rank in range(world_size)
@@ -113,8 +115,9 @@ def _workers(world_size: int, device: str, logs: Path) -> Iterator[list[Any]]:
 class _Watch:
     """Follows the workers until all have ended or one has failed."""
 
-    def __init__(self, workers: list[Any], on_report: OnReport, logs: Path) -> None:
-        self._workers, self._on_report, self._logs = workers, on_report, logs
+    def __init__(self, workers: list[Any], on_report: OnReport, logs: Path, stop: Callable[[], bool]) -> None:
+        self._workers, self._on_report, self._logs, self._stop = workers, on_report, logs, stop
+        self._told = False  # the workers, to stop
         self._results: dict[int, Any] = {}
         self._failures: dict[int, _Failure] = {}
         now = time.monotonic()
@@ -140,6 +143,10 @@ class _Watch:
 
     def _look(self) -> None:
         """Takes in what arrives in the next moment."""
+        if self._stop() and not self._told:
+            self._told = True
+            for worker in self._workers:
+                worker.stop.remote()
         ready, _ = ray.wait(list(self._polls), timeout=_EARLIER_S / 2)
         for ref in ready:
             rank = self._polls.pop(ref)

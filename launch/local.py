@@ -19,6 +19,7 @@ from nsa_dist.console import Console
 from nsa_dist.launch.guard import __file__ as guard_file
 from nsa_dist.process import choose_device, cores
 from nsa_dist.session import session
+from nsa_dist.stop import stop_on_signal
 
 # Ray reads these when it is imported and when it starts its processes; there are no arguments for them.
 _RAY_SETTINGS = {
@@ -43,31 +44,35 @@ def train_local(config: Config, console: Console) -> None:
         from nsa_dist.train import train
 
         placed = replace(config, launch=replace(config.launch, device=device))
-        run_local(
-            world_size,
-            train,
-            (placed, resume),
-            lambda rank, event: console.report(event),
-            Path(config.run.dir) / "logs",
-            device,
-            config.launch.timeout_s,
-        )
+        logs = Path(config.run.dir) / "logs"
+        with stop_on_signal() as stop:
+            run_local(
+                world_size,
+                train,
+                (placed, resume),
+                lambda rank, event: console.report(event),
+                logs,
+                device,
+                config.launch.timeout_s,
+                stop,
+            )
 
 
 def run_local(
     world_size: int,
     fn: Callable[..., Any],
     args: tuple[Any, ...],
-    on_report: Callable[[int, dict[str, Any]], None],
+    on_report: Callable[[int, dict[str, Any]], object],
     logs: Path,
     device: str = "cpu",
     timeout_s: float = 600,
+    stop: Callable[[], bool] = lambda: False,
 ) -> list[Any]:
     """controller.run_workers, in a Ray of its own on this machine."""
     with private_ray(world_size, world_size if device == "cuda" else 0):
         from nsa_dist.launch.controller import run_workers
 
-        return run_workers(world_size, fn, args, on_report, logs, device, timeout_s)
+        return run_workers(world_size, fn, args, on_report, logs, device, timeout_s, stop)
 
 
 @contextmanager

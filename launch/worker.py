@@ -40,7 +40,7 @@ class Outcome:
 
 
 class Worker:
-    """The actor. `run` and `reports` are called at the same time (max_concurrency=2)."""
+    """The actor. `run`, `reports` and `stop` are called at the same time (max_concurrency=3)."""
 
     def __init__(self, log: str, threads: int) -> None:
         _die_with_parent()
@@ -50,6 +50,7 @@ class Worker:
         # gloo and NCCL listen on the machine's outer address otherwise
         os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = loopback
         self._threads = threads
+        self._stop = False
         self._events: queue.SimpleQueue[dict[str, Any] | Outcome] = queue.SimpleQueue()
 
     def run(self, group: Group, call: bytes) -> None:
@@ -79,6 +80,14 @@ class Worker:
         except queue.Empty:
             return found
 
+    def stop(self) -> None:
+        """From now on the function's reports are answered with True: it should end when it can."""
+        self._stop = True
+
+    def _report(self, event: dict[str, Any]) -> bool:
+        self._events.put(event)
+        return self._stop
+
     def _run(self, group: Group, call: bytes) -> bytes:
         import torch
         import torch.distributed as dist
@@ -89,7 +98,7 @@ class Worker:
         fn, args = cloudpickle.loads(call)
         store = dist.TCPStore("127.0.0.1", group.port, timeout=timedelta(seconds=group.timeout_s))
         with process_group(store, group.rank, group.world_size, group.device, 0, group.timeout_s):
-            result = fn(*args, report=self._events.put)
+            result = fn(*args, report=self._report)
         return pickle.dumps(result)
 
 

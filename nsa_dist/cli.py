@@ -17,6 +17,7 @@ from typing import Any
 
 from nsa_dist import __version__
 from nsa_dist.console import Console
+from nsa_dist.stop import Stopped, Terminated
 
 _EPILOG = """\
 examples:
@@ -29,6 +30,7 @@ Settings are key=value, e.g. parallel.cp=4 or 'model.attention=[nsa,full]'; they
 _TRAIN = """\
 Trains on this machine, in parallel.dp x parallel.cp processes. The run's folder (run.dir) then holds
 config.yaml, metrics.jsonl, events.jsonl, checkpoints and logs; the same command goes on where it ended.
+Ctrl-C or SIGTERM ends it after its step, with a checkpoint; a second one at once.
 Under torchrun the processes that are there are used."""
 _TRAIN_EPILOG = """\
 examples:
@@ -39,10 +41,6 @@ _PREPARE_EPILOG = """\
 examples:
   nsa-dist prepare configs/cpu-demo.yaml
   nsa-dist prepare my.yaml data.source=corpus.jsonl data.tokenizer=tokenizer.json"""
-
-
-class _Terminated(BaseException):
-    """SIGTERM, as an exception, so that what was started is taken down."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,9 +64,13 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         _complain("interrupted")
         return 130
-    except _Terminated:
+    except Terminated:
         _complain("terminated")
         return 143
+    except Stopped as stopped:
+        if not torchrun or os.environ["RANK"] == "0":
+            _complain(str(stopped))
+        return 128 + stopped.number
     return 0
 
 
@@ -157,7 +159,7 @@ def _sigterm_raises(wanted: bool) -> Iterator[None]:
         return
 
     def handler(number: int, frame: object) -> None:
-        raise _Terminated
+        raise Terminated
 
     before = signal.signal(signal.SIGTERM, handler)
     try:

@@ -13,12 +13,13 @@ class Console:
         self._in_place = self._stream.isatty()
         self._open_line = False  # a progress line is on the screen, without its end of line
 
-    def report(self, event: dict[str, Any]) -> None:
+    def report(self, event: dict[str, Any]) -> bool:
         """Shows an event of the trainer's: `step` (a progress line) or `say`; heartbeats pass unseen."""
         if event["kind"] == "step":
             self.step(event["line"])
         elif event["kind"] == "say":
             self.say(event["text"])
+        return False  # it never asks the run to stop
 
     def step(self, line: str) -> None:
         if not self._in_place:

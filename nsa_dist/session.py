@@ -11,6 +11,7 @@ from nsa_dist.console import Console
 from nsa_dist.data import prepare_all
 from nsa_dist.process import RunFailed
 from nsa_dist.rundir import Resume, RunLock, event, open_run
+from nsa_dist.stop import Stopped
 
 
 @contextmanager
@@ -30,6 +31,9 @@ def session(config: Config, console: Console, world_size: int, device: str) -> I
             event(run_dir, "failure", rank=error.rank, cause=error.cause)
             raise
         except SystemExit:  # another rank has failed first, and has written it
+            raise
+        except Stopped as stopped:
+            event(run_dir, "stopped", signal=stopped.number)
             raise
         except BaseException as error:
             event(run_dir, "failure", rank=None, cause=type(error).__name__)

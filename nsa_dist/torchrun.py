@@ -18,6 +18,7 @@ from nsa_dist.console import Console
 from nsa_dist.process import RunFailed, choose_device, describe, is_collective_error, process_group
 from nsa_dist.rundir import Resume, event
 from nsa_dist.session import session
+from nsa_dist.stop import stop_on_signal
 
 _OPENING = "nsa_dist/opening"  # what rank 0 decided: a Resume, or None after an error
 _FAILURES = "nsa_dist/failures"  # how many ranks have failed
@@ -51,8 +52,10 @@ def train_torchrun(config: Config, console: Console) -> None:
         try:
             from nsa_dist.train import train
 
-            with process_group(store, rank, world_size, device, local_rank, config.launch.timeout_s):
-                train(placed, resume, console.report)
+            group = process_group(store, rank, world_size, device, local_rank, config.launch.timeout_s)
+            # torchrun passes a signal on that its processes have had already: the second is no insistence.
+            with stop_on_signal(insist=False) as stop, group:
+                train(placed, resume, lambda event: console.report(event) or stop())
         except Exception as error:
             raise _failure(error, store, rank, Path(config.run.dir)) from error
 

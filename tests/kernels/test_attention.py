@@ -116,7 +116,7 @@ def test_full_attention_in_parts_that_are_merged(dk: int, dv: int) -> None:
 def test_what_cannot_be_served_is_named(change: dict[str, Any], words: str) -> None:
     kv = torch.zeros(1, 64, 2, 4)
     arguments: dict[str, Any] = {"q": torch.zeros(1, 64, 4, 4), "k_cmp": kv[:, :3], "v_cmp": kv[:, :3]}
-    arguments |= {name: kv for name in NAMES[3:7]} | {"gates": torch.zeros(1, 64, 4, 3)} | change
+    arguments |= dict.fromkeys(NAMES[3:7], kv) | {"gates": torch.zeros(1, 64, 4, 3)} | change
     with pytest.raises(ValueError) as error:
         nsa_attention(**arguments, spec=NSASpec())
     assert words in str(error.value)

@@ -110,7 +110,9 @@ def test_a_failure_is_told_and_written_down(
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_run(recipe: Path, tmp_path: Path, number: signal.Signals, status: int) -> None:
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_signal_ends_the_run(recipe: Path, tmp_path: Path, number: signal.Signals, status: int, times: int) -> None:
+    """The first after a step, with a checkpoint; two together at once."""
     words = ["train", str(recipe), f"run.dir={tmp_path}/run", "train.steps=100000"]
     run = subprocess.Popen(
         [sys.executable, "-m", "nsa_dist", *words],
@@ -122,14 +124,19 @@ def test_a_signal_ends_the_run(recipe: Path, tmp_path: Path, number: signal.Sign
     assert run.stdout is not None
     while not (line := run.stdout.readline()).startswith("step 2/"):
         assert line, "ended before its second step"
-    if number == signal.SIGINT:  # as a terminal does: to everything in the foreground
-        os.killpg(run.pid, number)
-    else:
-        run.send_signal(number)
+    for _ in range(times):
+        if number == signal.SIGINT:  # as a terminal does: to everything in the foreground
+            os.killpg(run.pid, number)
+        else:
+            run.send_signal(number)
+        time.sleep(0.2 if times > 1 else 0)
     _, err = run.communicate(timeout=60)
-    assert run.returncode == status
+    assert run.returncode == status, err
     assert err.count("\n") == 1 and err.startswith("nsa-dist: ")
-    assert events(tmp_path / "run")[-1] == "failure"
+    assert events(tmp_path / "run")[-1] == ("stopped" if times == 1 else "failure")
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    left = [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")]
+    assert left == ([f"step-{steps[-1]}"] if times == 1 else [])
     with pytest.raises(ProcessLookupError):  # nobody is left in its process group
         time.sleep(1)
         os.killpg(run.pid, 0)

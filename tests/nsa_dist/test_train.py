@@ -30,7 +30,22 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe on packed documents of odd lengths: 1, 7, 31, 64, 65, 333 bytes and so on."""
     folder = tmp_path_factory.mktemp("small")
     lengths = [1, 7, 31, 333, 64, 65, 2, 150, 97, 400, 5, 12] * 6
-    words = "the rank sends its block to another rank and adds the parts in order ".split()
+    words = [
+        "the",
+        "rank",
+        "sends",
+        "its",
+        "block",
+        "to",
+        "another",
+        "rank",
+        "and",
+        "adds",
+        "the",
+        "parts",
+        "in",
+        "order",
+    ]
     text = " ".join(words[(i * i + i // 7) % len(words)] for i in range(4000))
     lines = [json.dumps({"text": text[i * 40 : i * 40 + n]}) for i, n in enumerate(lengths)]
     (folder / "text.jsonl").write_text("\n".join(lines))
