@@ -75,9 +75,8 @@ def full_backward(
     else:
         m, n = q.shape[0], k.shape[0]
         seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
-        none = torch.empty(0, dtype=torch.int32, device=q.device)
         grads = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-            do4, q4, k4, v4, o4, lse, none, none, m, n, 0.0, causal, seed, seed[:0], scale=scale
+            do4, q4, k4, v4, o4, lse, None, None, m, n, 0.0, causal, seed, seed[:0], scale=scale
         )
     dq, d_k, d_v = (x[0].transpose(0, 1).to(lse.dtype) for x in grads)
     d_k, d_v = (x.reshape(x.shape[0], groups, heads // groups, -1).sum(2) for x in (d_k, d_v))

@@ -24,11 +24,11 @@ from nsa_dist.parallel.ledger import KINDS, PHASES
 from nsa_dist.parallel.traffic import Sizes
 from nsa_dist.rivals import DTYPES, RIVALS
 from nsa_dist.rundir import CONFIG, EVENTS
+from nsa_dist.tables import Lines, Unit, share, table, wrapped
 from nsa_dist.tokenizer import ByteTokenizer
 from nsa_dist.traces import NEEDS_64K, TraceTraffic, load_needs, trace_traffic, ulysses_bytes
 
 Cells = dict[tuple[str, str], NDArray[np.float64]]  # (kind, phase): bytes sent mean, max, received mean, max
-Lines = list[str]
 
 _APART = (PARAMETERS, "control")  # in no share
 _EXCHANGED = tuple(kind for kind in KINDS if kind not in _APART)
@@ -82,7 +82,7 @@ def read_run(run_dir: Path) -> Run:
             raise ConfigError(f"run folder '{run_dir}': has no {name}; must be the run.dir of a run that has begun")
     try:
         config = config_from_dict(OmegaConf.load(run_dir / CONFIG))  # type: ignore[arg-type]
-    except (OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
+    except (OmegaConfBaseException, YAMLError, ValueError, TypeError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"{run_dir / CONFIG}: must be the configuration of a run ({reason})") from None
     records = read_metrics(run_dir)
@@ -128,7 +128,10 @@ def describe(run: Run) -> Lines:
         **_validation(records),
         "events": _events(run.events),
     }
-    return [f"Run {run.path}", *(f"  {name:<12}{text}" for name, text in facts.items())]
+    lines = [
+        (name if i == 0 else "", part) for name, text in facts.items() for i, part in enumerate(wrapped(text, 98))
+    ]
+    return [f"Run {run.path}", *(f"  {name:<12}{part}" for name, part in lines)]
 
 
 def _model(config: Config) -> str:
@@ -174,7 +177,7 @@ def _validation(records: list[dict[str, Any]]) -> dict[str, str]:
         return {"validation": "none"}
     (first, before), (last, after) = found[0], found[-1]
     text = f"{before['loss']:.4f} (step {first}) -> {after['loss']:.4f} (step {last})"
-    by_position = "  ".join(f"{where} {loss:.3f}" for where, loss in after.get("by_position", {}).items())
+    by_position = ", ".join(f"{where}: {loss:.3f}" for where, loss in after.get("by_position", {}).items())
     return {"validation": text} | ({"": f"by position in its document: {by_position}"} if by_position else {})
 
 
@@ -237,9 +240,12 @@ def own_traffic(run: Run) -> Lines:
     rows += [row(f"{kind} ({apart.name})", [kind], apart) for kind in present(_APART)]
     groups = [(f"{phase} {way}", 2) for phase in PHASES for way in ("sent", "received")]
     return [
-        f"Traffic of this run, counted by its ledger: {unit.name} a step, the mean over {len(run.records)} steps; of the mean",
-        "rank, and of the rank with most (`exchange`: the sum of the kinds' maxima, no rank has more). Whole run: received",
-        "by the mean rank in all steps, forward and backward. Below: parameters and control, in no share.",
+        *wrapped(
+            f"Traffic of this run, counted by its ledger: {unit.name} a step, mean over {len(run.records)} steps; "
+            "of the mean rank, and of the one with most (`exchange`: the sum of the kinds' maxima, no rank has "
+            "more). Whole run: received by the mean rank in all steps, forward and backward. Below: parameters and "
+            "control, in no share."
+        ),
         *table([("", 1), *groups, ("whole run", 1)], ["kind", *["mean", "max"] * 4, "received"], rows),
         *_between_nodes(run.records),
     ]
@@ -250,8 +256,8 @@ def _between_nodes(records: list[dict[str, Any]]) -> Lines:
     key, kinds = "received_between_nodes_bytes", [r["comm"].get(kind, {}) for r in records for kind in _EXCHANGED]
     total = sum(figures[key]["mean"] for phases in kinds for figures in phases.values() if key in figures)
     unit = Unit.fitting([total / len(records)])
-    line = f"  of `exchange`, between nodes: {unit(total / len(records))} {unit.name} received by the mean rank, both phases"
-    return [line] if total else []
+    mean = f"{unit(total / len(records))} {unit.name}"
+    return [f"of `exchange`, between nodes: {mean} received by the mean rank, both phases"] if total else []
 
 
 def received(name: str, cells: Cells) -> Received:
@@ -281,15 +287,17 @@ def against_rivals(run: Run) -> Lines:
     if not any(base.values()):
         return ["Against other exchanges: no rank needs another's KV in this run, there is nothing to compare"]
     lines = [
-        "Against other exchanges: received by a rank in a step. `this run` is counted by its ledger; the others are",
-        "COMPUTED from the run's sequences and layout, not run. Shares are of (P-1) L kv, the all-gather of the full",
-        "KV of one branch (backward: of its gradients). max: the sum of the kinds' maxima, no rank has more.",
+        *wrapped(
+            "Against other exchanges: received by a rank in a step. `this run` is counted by its ledger; the others "
+            "are COMPUTED from the run's sequences and layout, not run. Shares are of (P-1) L kv, the all-gather "
+            "of the full KV of one branch (backward: of its gradients). max: the sum of the kinds' maxima, no "
+            "rank has more."
+        ),
         *exchange_table([own, *rivals.values()], base),
     ]
     if "ulysses" not in rivals:
-        lines.append(
-            f"ulysses can't run: cp {run.config.parallel.cp} doesn't divide {run.config.model.kv_heads} KV heads"
-        )
+        ranks, heads = run.config.parallel.cp, run.config.model.kv_heads
+        lines.append(f"ulysses can't run: parallel.cp={ranks} doesn't divide model.kv_heads={heads}")
     if run.config.parallel.exchange == "nsa" and "nsa" in layer_kinds(run.config.model):
         lines += ["", *split_table(own, rivals["allgather"], rivals["groupcast"], base)]
     return lines
@@ -303,7 +311,7 @@ def exchange_table(exchanges: list[Received], base: dict[str, float]) -> Lines:
         if phase not in exchange.most:
             return ["-"] * 4
         values = exchange.of(_EXCHANGED, phase), exchange.most[phase]
-        return [*map(unit, values), *(_share(value, base[phase]) for value in values)]
+        return [*map(unit, values), *(share(value, base[phase]) for value in values)]
 
     rows = [[exchange.name, *(cell for phase in PHASES for cell in cells(exchange, phase))] for exchange in exchanges]
     header = [f"received, {unit.name}", *["mean", "max", "mean", "max"] * 2]
@@ -322,7 +330,7 @@ def split(own: Received, allgather: Received, groupcast: Received, phase: str) -
         "+ fetched again (refetch)": own.of(["refetch"], phase),
         "+ full-attention layers' KV": own.of(["full_kv"], phase),
         "+ ulysses, full-attention layers": own.of(["ulysses"], phase),
-        "= nsa, all": own.of(_EXCHANGED, phase),
+        "= this exchange": own.of(_EXCHANGED, phase),
     }
 
 
@@ -331,7 +339,7 @@ def split_table(own: Received, allgather: Received, groupcast: Received, base: d
     parts = {phase: split(own, allgather, groupcast, phase) for phase in PHASES}
     unit = Unit.fitting(value for part in parts.values() for value in part.values())
     rows = [
-        [name, *(cell for p in PHASES for cell in (unit(parts[p][name]), _share(parts[p][name], base[p])))]
+        [name, *(cell for p in PHASES for cell in (unit(parts[p][name]), share(parts[p][name], base[p])))]
         for name in parts[PHASES[0]]
         if not name.startswith("+") or any(parts[p][name] for p in PHASES)
     ]
@@ -360,18 +368,23 @@ def at_64k(config: Config) -> Lines:
     # Every rank receives the same; the formula has no backward.
     ulysses = Received("ulysses (formula)", {("ulysses", "forward"): formula}, {"forward": formula})
     return [
-        f"COMPUTED, no run took place: the {layout} layout at {trace.tokens:,} tokens on {trace.ranks} ranks, one NSA layer (the",
-        f"mean of {trace.layers}), from the selections of a model of 85M parameters, trained with NSA on 40M tokens of Python",
-        "source and read on a held-out sequence: a small model, briefly trained (nsa_dist/traces/README.md). Assumed:",
-        f"{heads}, bfloat16, gradients in {config.parallel.grad_dtype}, one document.",
-        "Shares are of (P-1) L kv, the all-gather of the full KV of one branch (backward: of its gradients).",
+        *wrapped(
+            f"COMPUTED, no run took place: the {layout} layout at {trace.tokens:,} tokens on {trace.ranks} ranks, "
+            f"one NSA layer (the mean of {trace.layers}), from the selections of a model of 85M parameters, trained "
+            "with NSA on 40M tokens of Python source and read on a held-out sequence: a small model, briefly trained "
+            f"(nsa_dist/traces/README.md). Assumed: {heads}, bfloat16, gradients in {config.parallel.grad_dtype}, "
+            "one document. Shares are of (P-1) L kv, the all-gather of the full KV of one branch (backward: of its "
+            "gradients)."
+        ),
         *exchange_table([*by_name.values(), ulysses], base),
-        f"ulysses can't cut {sizes.groups} KV heads over {trace.ranks} ranks: its figure is the formula's, q, output and one branch's",
-        f"KV, copied to {trace.ranks} heads.",
+        *wrapped(
+            f"ulysses can't cut {sizes.groups} KV heads over {trace.ranks} ranks: its figure is the formula's, q, "
+            f"output and one branch's KV, copied to {trace.ranks} heads."
+        ),
         "",
         *split_table(*three, base),
         f"The blocks that a rank's queries select are {_visible(*three):.1%} of those causally visible to it.",
-        *(_short(other, sizes) for other in CHOICES["parallel.layout"] if other != layout),
+        *(line for o in CHOICES["parallel.layout"] if o != layout for line in wrapped(_short(o, sizes))),
     ]
 
 
@@ -392,61 +405,13 @@ def _visible(own: Received, allgather: Received, groupcast: Received) -> float:
 def _short(layout: str, sizes: Sizes) -> str:
     by_name = trace_exchanges(trace_traffic(NEEDS_64K, layout, _TRACE_RANKS, sizes))
     own, base = by_name["nsa"], full_kv(by_name["allgather"])["forward"]
-    mean, most = own.of(_EXCHANGED, "forward"), own.most["forward"]
-    parts = list(split(own, by_name["allgather"], by_name["groupcast"], "forward").values())
-    unit = Unit.fitting([most])
-    return (
-        f"{layout} instead: nsa forward {unit(mean)} {unit.name} mean ({_share(mean, base)}), "
-        f"{unit(most)} max ({_share(most, base)}); causality saves {_share(parts[1], base)}, "
-        f"the selection {_share(parts[2], base)}"
+    parts = split(own, by_name["allgather"], by_name["groupcast"], "forward")
+    totals = {name: (e.of(_EXCHANGED, "forward"), e.most["forward"]) for name, e in by_name.items()}
+    shares = ", ".join(
+        f"{name} {share(mean, base)} (max {share(most, base)})" for name, (mean, most) in totals.items()
     )
-
-
-# Tables
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Writes bytes in one unit with a fixed number of digits, the same throughout a table."""
-
-    name: str
-    bytes: int
-    digits: int
-
-    @staticmethod
-    def fitting(values: Iterable[float]) -> "Unit":
-        """KiB up to 10,000 of them, then MiB."""
-        large = max(values, default=0) >= 10_000 * 1024
-        return Unit("MiB", 1 << 20, 3) if large else Unit("KiB", 1 << 10, 2)
-
-    def __call__(self, value: float) -> str:
-        return f"{value / self.bytes:,.{self.digits}f}"
-
-
-def _share(value: float, base: float) -> str:
-    return f"{value / base:.1%}" if base else "-"
-
-
-def table(groups: list[tuple[str, int]], header: Lines, rows: list[Lines], first: int = 0) -> Lines:
-    """Lines of a table: the first column, at least `first` wide, to the left, numbers to the right.
-
-    groups: titles over that many columns each. An empty row is an empty line.
-    """
-    lines = [header, *(row for row in rows if row)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    widths[0] = max(widths[0], first)
-    titles, at = [], 0
-    for title, span in groups:
-        widths[at + span - 1] += max(0, len(title) + 4 - sum(widths[at : at + span]) - 2 * (span - 1))
-        width = sum(widths[at : at + span]) + 2 * (span - 1)
-        titles.append(f" {title} ".center(width, "-") if span > 1 else title.rjust(width))
-        at += span
-
-    def line(cells: Lines) -> str:
-        return "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
-
-    body = ["  " + line(row) if row else "" for row in [header, *rows]]
-    return ["  " + "  ".join(titles), body[0].rstrip(), *(text.rstrip() for text in body[1:])]
+    saved = [share(value, base) for name, value in parts.items() if name.startswith("- ")]
+    return f"{layout} instead, forward: {shares}; causality saves {saved[0]}, the selection {saved[1]}"
 
 
 # The picture
@@ -464,7 +429,7 @@ def save_picture(run_dir: Path, path: Path) -> None:
             "matplotlib isn't installed; must be there for a picture: pip install nsa-dist[report]"
         ) from None
     run = read_run(run_dir)
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     _draw_losses(left, run.records)
     _draw_traffic(right, run)
@@ -480,6 +445,7 @@ def _draw_losses(axes: Any, records: list[dict[str, Any]]) -> None:
     if found:
         axes.plot(*zip(*found, strict=True), "o", label="validation")
     axes.set(xlabel="step", ylabel="loss", title=f"Loss over {records[-1]['step']} steps")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
 
@@ -500,4 +466,4 @@ def _draw_traffic(axes: Any, run: Run) -> None:
     tokens = f"{run.config.data.seq_len:,} tokens, cp {parallel.cp}, {parallel.layout}"
     axes.set(ylabel=f"{unit.name} received, mean rank, a step", title=f"KV exchange, {tokens}")
     if kinds:
-        axes.legend()
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1))

@@ -79,7 +79,8 @@ def all_gather(axis: Axis, x: Tensor, kind: str, phase: str) -> Pending:
     result = x.new_empty((axis.size, *x.shape))
     if axis.size == 1:
         return Pending(None, x[None].clone(), lambda seconds: None)
-    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name from torch 2.13 on
+    # Its name from torch 2.13 on, and before.
+    gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
     work = gather(result.flatten(), x.contiguous().flatten(), group=axis.group, async_op=True)
     each = np.full(axis.size, x.numel() * x.element_size(), np.int64)
     return Pending(work, result, _recorder(axis, each, each, kind, phase))

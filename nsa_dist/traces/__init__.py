@@ -58,9 +58,8 @@ def load_needs(file: Path) -> Needs:
     except (OSError, ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:
         raise ConfigError(f"trace '{file}': must be an .npz file that holds 'needs' ({error})") from None
     if bits.ndim != 4 or bits.dtype != np.uint8 or bits.shape[2] != 8 * bits.shape[3]:
-        raise ConfigError(
-            f"trace '{file}': needs is {bits.dtype} {list(bits.shape)}; must be uint8 [layers, KV heads, groups, groups/8]"
-        )
+        shape = f"{bits.dtype} {list(bits.shape)}"
+        raise ConfigError(f"trace '{file}': needs is {shape}; must be uint8 [layers, KV heads, groups, groups / 8]")
     return Needs(bits, NSASpec().select_block)
 
 
@@ -81,7 +80,7 @@ def trace_traffic(needs_file: Path, layout: str, ranks: int, sizes: Sizes) -> Tr
     segments = ranks * (2 if layout == "zigzag" else 1)
     if not 1 <= segments <= needs.bits.shape[2]:
         raise ConfigError(
-            f"ranks={ranks}: {layout} must cut {needs.bits.shape[2]} blocks into 1 segment or more each"
+            f"ranks={ranks}: must be at least 1, and {layout} segments no more than the {needs.bits.shape[2]} blocks"
         )
     if sizes.groups != needs.kv_heads:
         raise ConfigError(f"KV heads={sizes.groups}: must be {needs.kv_heads}, as in trace '{needs_file}'")

@@ -71,8 +71,10 @@ class Wire:
 
     def __init__(self) -> None:
         self.sent = self.received = 0
-        self.whole = dist.all_to_all_single, dist.batch_isend_irecv, dist.all_gather_single
-        dist.all_to_all_single, dist.batch_isend_irecv, dist.all_gather_single = self.swap, self.peers, self.gather
+        name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+        self.whole = dist.all_to_all_single, dist.batch_isend_irecv, getattr(dist, name)
+        dist.all_to_all_single, dist.batch_isend_irecv = self.swap, self.peers
+        setattr(dist, name, self.gather)
 
     def swap(self, out, x, receive, send, group, async_op):  # type: ignore[no-untyped-def]
         own = dist.get_rank(group)
