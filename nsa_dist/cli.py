@@ -105,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         )
     report = command("report", _report, "prints what a run did and what it sent, against every rival")
     report.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run's folder (run.dir)")
+    report.add_argument("--picture", type=Path, metavar="FILE.png", help="also draws losses and bytes received")
     return parser
 
 
@@ -139,7 +140,7 @@ def _prepare(args: argparse.Namespace) -> None:
 def _report(args: argparse.Namespace) -> None:
     from nsa_dist.report import report
 
-    report(args.run_dir, Console().say)
+    report(args.run_dir, Console().say, args.picture)
 
 
 def _load(words: list[str]) -> Any:

@@ -16,7 +16,8 @@ from nsa_dist.config import ConfigError
 
 FILE = "metrics.jsonl"
 GIB = 1 << 30
-PARAMETERS = "parameters"  # FSDP2's traffic: counted, but in no share
+APART = ("parameters", "control")  # kinds of traffic that are counted, but in no share
+FULL_KV = ("selected", "full_kv")  # under the all-gather, these are the full KV of one branch
 
 
 class MetricsWriter:
@@ -85,7 +86,7 @@ def progress(record: dict[str, Any], total_steps: int, ranks: int) -> str:
     }
     parts = [f"step {step}/{total_steps} ({step / total_steps:.1%})"]
     parts += [form(record) for key, form in formats.items() if record.get(key) is not None]
-    share = received_share(record, "allgather")
+    share = share_of_allgather(record)
     if share is not None:
         parts.append(f"comm {share:.2f}x allgather")
     if seconds is not None:
@@ -93,14 +94,15 @@ def progress(record: dict[str, Any], total_steps: int, ranks: int) -> str:
     return " | ".join(parts)
 
 
-def received_share(record: dict[str, Any], rival: str) -> float | None:
-    """Bytes that the mean rank received in this step, over what it would have with `rival`.
+def share_of_allgather(record: dict[str, Any]) -> float | None:
+    """Bytes that the mean rank received in this step, over (P-1) L kv: the all-gather of one branch's full KV.
 
-    Parameter traffic is in neither. None where the rival isn't counted or receives nothing.
+    Both with the backward's gradients. Parameters and control are in neither. None where one rank needs no other.
     """
     comm = record.get("comm") or {}
-    other = _received(comm.get("rivals", {}).get(rival, {}))
-    return _received(comm) / other if other else None
+    allgather = comm.get("rivals", {}).get("allgather", {})
+    whole = _received({kind: allgather[kind] for kind in FULL_KV if kind in allgather})
+    return _received({kind: comm[kind] for kind in comm if kind not in (*APART, "rivals")}) / whole if whole else None
 
 
 def memory_bytes() -> int:
@@ -112,8 +114,7 @@ def memory_bytes() -> int:
 
 
 def _received(kinds: dict[str, Any]) -> float:
-    counted = [phases for kind, phases in kinds.items() if kind not in (PARAMETERS, "rivals")]
-    return sum(phase["received_bytes"]["mean"] for phases in counted for phase in phases.values())
+    return sum(phase["received_bytes"]["mean"] for phases in kinds.values() for phase in phases.values())
 
 
 def _scalars(record: dict[str, Any]) -> dict[str, float]:
@@ -137,10 +138,9 @@ def _scalars(record: dict[str, Any]) -> dict[str, float]:
         if key.count(".") == 3:
             kind, phase, direction, statistic = key.split(".")
             scalars[f"comm/{kind}_{phase}_{direction.removesuffix('_bytes')}_{statistic}_bytes"] = value
-    for rival in comm.get("rivals", {}):
-        share = received_share(record, rival)
-        if share is not None:
-            scalars[f"comm/received_share_of_{rival}"] = share
+    share = share_of_allgather(record)
+    if share is not None:
+        scalars["comm/received_share_of_allgather"] = share
     return scalars
 
 

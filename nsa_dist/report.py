@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from nsa_dist.config import CHOICES, Config, ConfigError, config_from_dict, layer_kinds
-from nsa_dist.metrics import FILE, GIB, PARAMETERS, read_metrics
+from nsa_dist.metrics import APART, FILE, FULL_KV, GIB, read_metrics
 from nsa_dist.parallel.ledger import KINDS, PHASES
 from nsa_dist.parallel.traffic import Sizes
 from nsa_dist.rivals import DTYPES, RIVALS
@@ -30,9 +30,7 @@ from nsa_dist.traces import NEEDS_64K, TraceTraffic, load_needs, trace_traffic, 
 
 Cells = dict[tuple[str, str], NDArray[np.float64]]  # (kind, phase): bytes sent mean, max, received mean, max
 
-_APART = (PARAMETERS, "control")  # in no share
-_EXCHANGED = tuple(kind for kind in KINDS if kind not in _APART)
-_FULL = ("selected", "full_kv")  # what the all-gather of the full KV of one branch is
+_EXCHANGED = tuple(kind for kind in KINDS if kind not in APART)
 _TOP = ("compressed", "compress_halo", "window_halo", "bitmap")
 _TRACE_RANKS = 8
 _LABEL = 36  # columns of a table's first column where two tables share it
@@ -224,7 +222,7 @@ def own_traffic(run: Run) -> Lines:
     if not cells:
         return ["Traffic: none (one rank)"]
     unit = Unit.fitting(cell.max() for (kind, _), cell in cells.items() if kind in _EXCHANGED)
-    apart = Unit.fitting(cell.max() for (kind, _), cell in cells.items() if kind in _APART)
+    apart = Unit.fitting(cell.max() for (kind, _), cell in cells.items() if kind in APART)
 
     def row(name: str, kinds: Iterable[str], unit: Unit) -> Lines:
         sums = [sum((cells.get((kind, phase), np.zeros(4)) for kind in kinds), np.zeros(4)) for phase in PHASES]
@@ -237,7 +235,7 @@ def own_traffic(run: Run) -> Lines:
 
     rows = [row(kind, [kind], unit) for kind in present(_EXCHANGED)]
     rows += [row("exchange", present(_EXCHANGED), unit), []]
-    rows += [row(f"{kind} ({apart.name})", [kind], apart) for kind in present(_APART)]
+    rows += [row(f"{kind} ({apart.name})", [kind], apart) for kind in present(APART)]
     groups = [(f"{phase} {way}", 2) for phase in PHASES for way in ("sent", "received")]
     return [
         *wrapped(
@@ -277,7 +275,7 @@ def run_exchanges(run: Run) -> tuple[Received, dict[str, Received]]:
 
 def full_kv(allgather: Received) -> dict[str, float]:
     """By phase: (P-1) L kv, the all-gather of the full KV of one branch, and the same of its gradients."""
-    return {phase: allgather.of(_FULL, phase) for phase in PHASES}
+    return {phase: allgather.of(FULL_KV, phase) for phase in PHASES}
 
 
 def against_rivals(run: Run) -> Lines:

@@ -8,7 +8,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nsa_dist.config import ConfigError
-from nsa_dist.metrics import MetricsWriter, memory_bytes, progress, read_metrics, received_share
+from nsa_dist.metrics import MetricsWriter, memory_bytes, progress, read_metrics, share_of_allgather
 
 
 def record(step: int, **more: Any) -> dict[str, Any]:
@@ -24,7 +24,8 @@ def traffic(mean: float) -> dict[str, Any]:
 COMM = {
     "selected": traffic(100.0),
     "parameters": traffic(5000.0),
-    "rivals": {"allgather": {"selected": traffic(400.0), "parameters": traffic(5000.0)}, "ring": {}},
+    "control": traffic(7.0),
+    "rivals": {"allgather": {"selected": traffic(400.0), "compressed": traffic(50.0)}, "ring": {}},
 }
 
 
@@ -101,9 +102,9 @@ def test_the_progress_line() -> None:
 
 
 def test_a_share_needs_a_rival_that_receives() -> None:
-    assert received_share(record(1, comm=COMM), "allgather") == 0.25
-    assert received_share(record(1, comm=COMM), "ring") is None
-    assert received_share(record(1), "allgather") is None
+    assert share_of_allgather(record(1, comm=COMM)) == 0.25
+    assert share_of_allgather(record(1, comm=COMM | {"rivals": {"ring": {}}})) is None
+    assert share_of_allgather(record(1)) is None
 
 
 def test_memory_is_this_process_in_bytes() -> None:
