@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help dev demo test lint format clean
+.PHONY: help dev demo test test-gpu lint format clean
 help:  ## what a developer does
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
@@ -39,6 +39,9 @@ format: dev  ## formats and mends what ruff can
 
 test: lint  ## lint, types and every test that needs no GPU
 	$(BIN)/python -m pytest
+
+test-gpu: dev  ## what needs a GPU
+	$(BIN)/python -m pytest tests/gpu -s
 
 clean:  ## removes what was built, not the runs
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
