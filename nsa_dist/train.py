@@ -7,15 +7,16 @@ carry a label, whatever the number of ranks.
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from nsa_dist.checkpoint import Checkpointer, restore_random, training_state
-from nsa_dist.config import Config, nsa_spec
+from nsa_dist.config import Config, ConfigError, nsa_spec
 from nsa_dist.data import IGNORED, Corpus, Packed, open_corpora
 from nsa_dist.kernels.packing import Ints, Packing
 from nsa_dist.metrics import MetricsWriter, memory_bytes, progress
@@ -53,6 +54,7 @@ def train(config: Config, resume: Resume, report: Report) -> None:
         if first:
             report({"kind": "say", "text": text})
 
+    check_same(config)
     corpus, held_out = open_corpora(config.data)
     reader = Reader(config, mesh, device)
     model, optimizer = build(config, corpus.vocab_size, mesh, device)
@@ -64,12 +66,11 @@ def train(config: Config, resume: Resume, report: Report) -> None:
     if loaded:
         start = int(loaded["step"])
         restore_random(loaded)
+        if resume.same_run and loaded["corpus"] != corpus.meta["sha256"]:
+            raise ConfigError(f"data.source: its tokens are not those of step {start}; must be, or another run.dir")
     # Sequences follow from the step, so the step is the data's position too.
-    steps, saved, numbers = (
-        last_step(config, corpus),
-        start,
-        {"config": fitting(config), "corpus": corpus.meta["sha256"]},
-    )
+    numbers = {"config": fitting(config), "corpus": corpus.meta["sha256"]}
+    steps, saved = last_step(config, corpus), start
     if first:
         event(config.run.dir, "training", step=start, steps=steps, ranks=mesh.world.size, corpus=corpus.meta)
         say(summary(config, model, corpus, start, steps))
@@ -89,7 +90,9 @@ def train(config: Config, resume: Resume, report: Report) -> None:
         batches = reader.training(corpus, step)
         loss, rivals = forward_backward(config, model, batches, mesh)
         norm = clip_gradients(model.parameters(), mesh, config.train.clip)
-        check_finite(config, step, loss, norm, saved)
+        if problem := not_finite(config, step, loss, norm, saved):
+            saver.wait()  # what is under way is whole, and stays
+            raise TrainingError(problem)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -107,13 +110,13 @@ def train(config: Config, resume: Resume, report: Report) -> None:
         record |= {"tokens_per_s": tokens / seconds, "memory_bytes": memory_bytes(), "comm": comm}
         if held_out and due(step, config.train.validate_every, steps):
             record["validation"] = validate(config, model, reader.validation(held_out), mesh)
-        if due(step, config.train.checkpoint_every, steps):
-            saver.save(step, state, numbers)
-            saved = step
-        if writer:
+        if writer:  # before the checkpoint: a run that goes on from it then lacks no line
             writer.step(record)
             if due(step, config.train.log_every, steps):
                 report({"kind": "step", "line": progress(record, steps, mesh.world.size)})
+        if due(step, config.train.checkpoint_every, steps):
+            saver.save(step, state, numbers)
+            saved = step
         asked = bool(report({"kind": "beat", "step": step}))
 
     if steps > saved:  # stopped between two checkpoints
@@ -121,6 +124,20 @@ def train(config: Config, resume: Resume, report: Report) -> None:
     saver.wait()
     if writer:
         writer.close()
+
+
+def check_same(config: Config) -> None:
+    """Raises ConfigError on all ranks, naming key and rank, where the ranks' configurations differ."""
+    every: list[dict[str, Any] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, asdict(config))
+    for rank, other in enumerate(every):
+        assert every[0] is not None and other is not None
+        for section, values in every[0].items():
+            for name, value in values.items():
+                if other[section][name] != value:
+                    raise ConfigError(
+                        f"{section}.{name}={other[section][name]} on rank {rank}: must be {value} as on rank 0"
+                    )
 
 
 def build(config: Config, vocab_size: int, mesh: Mesh, device: torch.device) -> tuple[Decoder, torch.optim.AdamW]:
@@ -234,15 +251,17 @@ def any_rank(mesh: Mesh, flag: bool, device: torch.device) -> bool:
     return bool(all_reduce(mesh.world, torch.tensor([float(flag)], device=device)))
 
 
-def check_finite(config: Config, step: int, loss: float, norm: float, saved: int) -> None:
-    """Before the step is taken, so that neither the parameters nor a checkpoint ever hold the damage."""
+def not_finite(config: Config, step: int, loss: float, norm: float, saved: int) -> str:
+    """What is wrong with loss or gradient, or "". Asked before the step is taken, so that neither the parameters
+    nor a checkpoint ever hold the damage."""
     for name, value in (("loss", loss), ("grad_norm", norm)):
         if not math.isfinite(value):
             kept = f"the last checkpoint, of step {saved}, is untouched" if saved else "there is no checkpoint yet"
-            raise TrainingError(
+            return (
                 f"{name}={value} at step {step}: must be finite; {kept} "
                 f"(try a train.lr below {config.train.lr:g}, or train.clip)"
             )
+    return ""
 
 
 def learning_rate(config: Config, step: int) -> float:

@@ -188,3 +188,27 @@ def dcp_values(checkpoint: Path) -> list[torch.Tensor]:
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
     return list(_load_state_dict_from_keys(storage_reader=FileSystemReader(checkpoint)).values())
+
+
+def train_apart(config: Config) -> None:
+    if torch.distributed.get_rank() == 1:
+        config = replace(config, train=replace(config.train, lr=1.0))
+    train(config, Resume((), True), lambda event: None)
+
+
+def test_ranks_with_other_configurations_are_named(recipe: Path, tmp_path: Path) -> None:
+    config = configure(recipe, "parallel.cp=2", f"run.dir={tmp_path}")
+    prepare_all(config.data, lambda text: None)
+    with pytest.raises(pytest.fail.Exception, match=r"train.lr=1.0 on rank 1: must be 0.003 as on rank 0"):
+        run_ranks(2, train_apart, config)
+
+
+def test_other_text_under_the_same_name_is_not_gone_on_with(recipe: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("one text " * 300)
+    config = configure(recipe, f"data.source={text}", "train.steps=2", f"run.dir={tmp_path / '0'}")
+    runs([config], tmp_path)
+    text.write_text("another text " * 300)
+    longer = replace(config, train=replace(config.train, steps=4))
+    with pytest.raises(pytest.fail.Exception, match=r"data.source: its tokens are not those of step 2"):
+        runs([longer], tmp_path, own_checkpoints(longer))
