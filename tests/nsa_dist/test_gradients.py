@@ -15,12 +15,16 @@ from nsa_dist.parallel.parameters import whole
 from nsa_dist.train import Reader, build, forward_backward
 from tests.conftest import run_ranks
 
-WORDS = """
-model.layers=3 model.width=24 model.heads=4 model.kv_heads=2 model.head_dim=4 model.value_dim=6 model.ffn=32
-model.attention=[nsa,window,full] model.init_std=0.2
-nsa.compress_block=8 nsa.compress_stride=4 nsa.select_block=16 nsa.select_count=4 nsa.window=24
-data.seq_len=301 data.batch_size=2 data.validation=0 train.dtype=float64 launch.device=cpu
-""".split()
+RECIPE = """
+model: {layers: 3, width: 24, heads: 4, kv_heads: 2, head_dim: 4, value_dim: 6, ffn: 32, init_std: 0.2}
+nsa: {compress_block: 8, compress_stride: 4, select_block: 16, select_count: 4, window: 24}
+data: {seq_len: 301, batch_size: 2, validation: 0}
+train: {dtype: float64}
+launch: {device: cpu}
+"""
+EVERY_KIND = ["model.attention=[nsa,window,full]"]
+SHARED = ["model.attention=[nsa]", "model.tie_embeddings=true", "nsa.share_kv=true", "nsa.compression=mean"]
+Gradients = dict[str, NDArray[np.float64]]
 
 
 @pytest.fixture(scope="module")

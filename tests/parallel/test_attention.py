@@ -10,7 +10,7 @@ import torch.distributed as dist
 from nsa_dist.kernels import NSASpec
 from nsa_dist.kernels.packing import Packing
 from nsa_dist.kernels.reference import reference_attention, reference_full, reference_selection, reference_window
-from nsa_dist.parallel.attention import WindowExchange
+from nsa_dist.parallel.attention import CompressHalo, WindowExchange, pack
 from nsa_dist.parallel.exchanges import FULL_EXCHANGES, NSA_EXCHANGES, full_exchange, nsa_exchange
 from nsa_dist.parallel.layout import Layout, make_layout
 from nsa_dist.parallel.mesh import make_mesh
@@ -122,6 +122,10 @@ def run_cases(ranks: int, cases: dict[str, Case]) -> list[str]:
             runs = [("nsa", e, 0) for e in NSA_EXCHANGES if e != "ulysses" or ulysses]
             runs += [("nsa", e, 40 * row_bytes) for e in ("nsa", "groupcast")] + [("window", "", 0)]
             runs += [("full", e, 0) for e in FULL_EXCHANGES if e != "ulysses" or ulysses]
+            wrong += [
+                f"{ranks} ranks, {name}, {cut}, compression: {w}"
+                for w in compare_halo(seq, model, pack(*xs[3:5]), wire)
+            ]
             for kind, exchange, bound in runs:
                 label = f"{ranks} ranks, {name}, {cut}, {kind} {exchange} bound {bound}"
                 wrong += [f"{label}: {w}" for w in compare(seq, kind, exchange, bound, xs, wanted[kind])]
@@ -149,23 +153,48 @@ def compare(seq, kind, exchange, bound, xs, wanted):  # type: ignore[no-untyped-
             yield f"{'out' if i == 0 else f'gradient {i}'} differs by {(got - expected).abs().max()}"
 
 
+def compare_halo(seq, model, x, wire):  # type: ignore[no-untyped-def]
+    """The compression's buffer holds each compressed token's sources; their gradients come home, all of them."""
+    wire.take(), seq.axis.ledger.take()
+    spec, layout, mine = seq.packing.spec, seq.layout, torch.from_numpy(seq.tokens)
+    local = x[mine].clone().requires_grad_()
+    buffer = apply(CompressHalo(seq.compress_halo), local)
+    starts = seq.packing.cmp_start[seq.own_compressed][:, None] + np.arange(spec.compress_block)
+    rows = seq.compress_first_C[:, None] + torch.arange(spec.compress_block)
+    if not torch.equal(buffer[rows], x[torch.from_numpy(starts)]):
+        yield "sources differ"
+    (grad,) = torch.autograd.grad(buffer, local, x[torch.from_numpy(seq.compress_halo.items)])
+    holders = np.zeros(seq.packing.tokens)
+    for rank in range(layout.ranks):
+        sources = seq.packing.cmp_start[seq.cmp_layout.own(rank)][:, None] + np.arange(spec.compress_block)
+        holders[np.union1d(layout.own(rank), sources)] += 1
+    if not torch.allclose(grad, x[mine] * torch.from_numpy(holders)[mine, None], rtol=1e-12):
+        yield "gradients differ"
+    yield from compare_traffic(seq, model.compress_halo(), wire)
+
+
 def over_bound(traffic, bound):  # type: ignore[no-untyped-def]
     return traffic["selected", "forward"][1].max() > bound
 
 
 def compare_ledger(seq, model, kind, exchange, bound, bits, wire):  # type: ignore[no-untyped-def]
+    if kind == "nsa":
+        refetched = ("refetch", "backward") in seq.axis.ledger.entries
+        traffic = model.nsa(exchange, bits, refetch=refetched)
+        assert refetched == (bound > 0 and over_bound(traffic, bound))
+        traffic = {key: value for key, value in traffic.items() if key[0] != "compress_halo"}  # the layer's, before
+    else:
+        traffic = model.window() if kind == "window" else model.full(exchange)
+    yield from compare_traffic(seq, traffic, wire)
+
+
+def compare_traffic(seq, traffic, wire):  # type: ignore[no-untyped-def]
+    """The ledger against the layout's figures, kind by kind, and against what torch.distributed was given."""
     found, rank = seq.axis.ledger.take(), seq.axis.rank
     counted = sum(e.sent_bytes for e in found.values()), sum(e.received_bytes for e in found.values())
     if (passed := wire.take()) != counted:
         yield f"the ledger counts {counted}, torch.distributed was given {passed}"
-    if kind == "nsa":
-        traffic = model.nsa(exchange, bits, refetch=("refetch", "backward") in found)
-        assert (("refetch", "backward") in found) == (bound > 0 and over_bound(traffic, bound))
-    else:
-        traffic = model.window() if kind == "window" else model.full(exchange)
     for key in traffic.keys() | found.keys():
-        if key[0] == "compress_halo":
-            continue
         sent, received = (int(x[rank]) for x in traffic.get(key, (np.zeros(9, int),) * 2))
         entry = found.get(key)
         counted = (entry.sent_bytes, entry.received_bytes) if entry else (0, 0)
