@@ -478,12 +478,14 @@ def test_a_path_is_another_runs_checkpoint_until_the_run_has_its_own(tmp_path: P
     assert found.checkpoints == (own,) and found.same_run
     for run, path, message in (
         (new, old, "holds another run"),
-        (old, first, "is inside run.dir"),
+        (old, old / "checkpoints/step-7", "one of this run's whole checkpoints"),
         (tmp_path / "third", tmp_path / "absent", "no such folder"),
         (tmp_path / "third", tmp_path, "no whole checkpoint"),
     ):
         with pytest.raises(ConfigError, match=message):
             open_run(config(run, run={"resume": str(path)}))
+    back = open_run(config(old, run={"resume": str(first)}))  # to an earlier step of its own
+    assert back.checkpoints == (first,) and back.same_run
     with pytest.raises(ConfigError, match=r"nsa\.window is 512 there, 128 here"):
         open_run(config(tmp_path / "third", run={"resume": str(old)}, nsa={"window": 128}))
 
