@@ -99,15 +99,13 @@ def nsa_backward(
 ) -> list[Tensor]:
     """Gradients of the eight inputs, in their types."""
     q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = inputs
-    _, *branches, lse_cmp, lse_slc, lse_win, picks = outputs
-    d_gates, (do_cmp, do_slc, do_win), deltas = combine_backward(do, gates, list(branches))
-    cmp = range_backward(do_cmp, q, k_cmp, v_cmp, lse_cmp, deltas[0], views.compressed.ranges, scale)
+    _, o_cmp, o_slc, o_win, lse_cmp, lse_slc, lse_win, picks = outputs
+    d_gates, (do_cmp, do_slc, do_win) = combine_backward(do, gates, [o_cmp, o_slc, o_win])
+    cmp = range_backward(do_cmp, q, k_cmp, v_cmp, o_cmp, lse_cmp, views.compressed.ranges, scale)
     rows = head_rows(k_slc), head_rows(v_slc)
-    dq_slc, *d_rows = selected_backward(
-        do_slc, q, *rows, lse_slc, deltas[1], picks, views.token_S, views.blocks, scale
-    )
+    dq_slc, *d_rows = selected_backward(do_slc, q, *rows, o_slc, lse_slc, picks, views.token_S, views.blocks, scale)
     slc = [d.view(k_slc.shape[1], len(k_slc), d.shape[-1]).transpose(0, 1) for d in d_rows]
-    win = range_backward(do_win, q, k_win, v_win, lse_win, deltas[2], views.window, scale)
+    win = range_backward(do_win, q, k_win, v_win, o_win, lse_win, views.window, scale)
     grads = [cmp[0] + dq_slc + win[0], *cmp[1:], *slc, *win[1:], d_gates]
     return [g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)]
 

@@ -19,16 +19,9 @@ def combine_forward(gates_SH3: Tensor, branches: list[Tensor]) -> Tensor:
     return (parts[0] + parts[1] + parts[2]).to(branches[0].dtype)
 
 
-def combine_backward(
-    do: Tensor, gates_SH3: Tensor, branches: list[Tensor]
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """The gates' gradient [S, H, 3]; for each branch its output's gradient and delta = rowsum(do * o) [S, H].
-
-    A branch's delta is its gate times the gate's gradient, so it costs nothing.
-    """
+def combine_backward(do: Tensor, gates_SH3: Tensor, branches: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The gates' gradient [S, H, 3], and each branch's output's gradient [S, H, Dv]."""
     work = torch.promote_types(do.dtype, torch.float32)
     do, gates = do.to(work), gates_SH3.to(work)
     d_gates = torch.stack([(do * o).sum(-1) for o in branches], dim=-1)
-    d_branches = [gates[..., i, None] * do for i in range(3)]
-    deltas = list((gates * d_gates).unbind(-1))
-    return d_gates, d_branches, deltas
+    return d_gates, [gates[..., i, None] * do for i in range(3)]

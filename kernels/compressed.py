@@ -9,7 +9,7 @@ from torch import Tensor
 from nsa_dist.kernels.packing import Ints, Packing
 from nsa_dist.kernels.select import select_blocks
 from nsa_dist.kernels.spec import NSASpec
-from nsa_dist.kernels.tiled import Ranges, group_keys, group_queries, make_ranges, query_breaks, tile_forward, ungroup
+from nsa_dist.kernels.tiled import Ranges, group_keys, group_queries, make_ranges, query_breaks, tile_softmax, ungroup
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def compressed_forward(
     lse = q.new_full(q.shape[:3], -torch.inf)
     picks = torch.empty(q.shape[1], groups, spec.select_count, dtype=torch.int32, device=q.device)
     for at, rows, mask in view.ranges.tiles():
-        o[:, at], lse[:, at], p = tile_forward(q[:, at], k[:, rows], v[:, rows], mask, scale)
+        o[:, at], lse[:, at], p = tile_softmax(q[:, at], k[:, rows], v[:, rows], mask, scale)
         pick = select_blocks(p.sum(2), view.own_S[at], spec)
         picks[at] = torch.where(pick >= 0, pick + view.first_S[at, None, None], -1).to(torch.int32)
     return ungroup(o).to(q_SHD.dtype), ungroup(lse), picks

@@ -52,9 +52,8 @@ def full_backward(
     """Gradients of q, k, v, at least float32. `o`, `lse`: of the whole softmax, over more keys than these perhaps."""
     kind = _implementation(q_MHD)
     if kind == "tiled":
-        delta = (do_MHD.to(lse_MH.dtype) * o_MHD).sum(-1)
         ranges = _ranges(q_MHD, k_NGD, causal)
-        return range_backward(do_MHD, q_MHD, k_NGD, v_NGD, lse_MH, delta, ranges, scale)
+        return range_backward(do_MHD, q_MHD, k_NGD, v_NGD, o_MHD, lse_MH, ranges, scale)
     (heads, dk), (groups, dv) = q_MHD.shape[1:], v_NGD.shape[1:]
     q, k, v, o, do = _padded(q_MHD, k_NGD, v_NGD, o_MHD, do_MHD.to(q_MHD.dtype))
     lse = lse_MH.T.contiguous()[None]

@@ -61,8 +61,8 @@ def selected_forward(
     for g, at in _tiles(groups, q.shape[1]):
         rows, mask = _rows(picks_SGn[at, g], token_S[at], index, g)
         if len(rows):
-            tile = tile_forward(q[g : g + 1, at], k[None, rows], v[None, rows], mask, scale)
-            o[g, at], lse[g, at] = tile[0][0], tile[1][0]
+            head = slice(g, g + 1)
+            o[head, at], lse[head, at] = tile_forward(q[head, at], k[None, rows], v[None, rows], mask, scale)
     return ungroup(o).to(q_SHD.dtype), ungroup(lse)
 
 
@@ -71,8 +71,8 @@ def selected_backward(
     q_SHD: Tensor,
     k_ND: Tensor,
     v_ND: Tensor,
+    o_SHD: Tensor,
     lse_SH: Tensor,
-    delta_SH: Tensor,
     picks_SGn: Tensor,
     token_S: Tensor,
     index: BlockIndex,
@@ -80,12 +80,12 @@ def selected_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q [S, H, Dk] and of the buffer's rows [N, Dk], [N, Dv], in the working type.
 
-    `lse`, `delta`: of the whole branch, merged over all buffers. Each tile adds to rows that it names once,
+    `o`, `lse`: of the whole branch, merged over all buffers. Each tile adds to rows that it names once,
     tiles follow one another: the sums have one order and need no atomics.
     """
     groups = picks_SGn.shape[1]
     q, k, v = group_queries(q_SHD, groups), k_ND.to(work_dtype(k_ND)), v_ND.to(work_dtype(v_ND))
-    do, lse, delta = group_queries(do_SHD, groups), group_rows(lse_SH, groups), group_rows(delta_SH, groups)
+    do, o, lse = group_queries(do_SHD, groups), group_queries(o_SHD, groups), group_rows(lse_SH, groups)
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for g, at in _tiles(groups, q.shape[1]):
         rows, mask = _rows(picks_SGn[at, g], token_S[at], index, g)
@@ -97,8 +97,8 @@ def selected_backward(
             q[head, at],
             k[None, rows],
             v[None, rows],
+            o[head, at],
             lse[head, at],
-            delta[head, at],
             mask,
             scale,
         )
@@ -127,4 +127,6 @@ def _rows(picks_Mn: Tensor, token_M: Tensor, index: BlockIndex, g: int) -> tuple
     found = blocks[column] == picks_Mn
     member = torch.zeros(len(picks_Mn), len(blocks) + 1, dtype=torch.bool, device=blocks.device)
     member.scatter_(1, column.masked_fill(~found, len(blocks)), True)
-    return rows, member[:, slot] & (index.token_N[rows] <= token_M[:, None])
+    # gather: several times faster than member[:, slot]
+    picked = member.gather(1, slot.expand(len(member), -1))
+    return rows, picked & (index.token_N[rows] <= token_M[:, None])

@@ -58,15 +58,14 @@ class Worker:
         try:
             outcome = Outcome(time.time(), result=self._run(group, call))
         except BaseException as error:
-            from nsa_dist.config import ConfigError
-            from nsa_dist.process import describe, is_collective_error
+            from nsa_dist.process import describe, is_bad_input, is_collective_error
 
             traceback.print_exc()  # into the log
             outcome = Outcome(
                 time.time(),
                 error=describe(error),
                 collective=is_collective_error(error),
-                bad_input=isinstance(error, ConfigError),
+                bad_input=is_bad_input(error),
             )
         self._events.put(outcome)
 

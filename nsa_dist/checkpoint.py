@@ -45,7 +45,13 @@ _HARMLESS = {
 
 
 class CheckpointError(ConfigError):
-    """A checkpoint that is damaged, of another model, or could not be written."""
+    """A checkpoint that can't be used, or could not be written."""
+
+
+class NotWrittenError(CheckpointError):
+    """A checkpoint that could not be written: a full disk, a lost rank."""
+
+    bad_input = False
 
 
 class OtherModelError(CheckpointError):
@@ -102,7 +108,7 @@ class Checkpointer:
         except _FAILURES as error:
             if self._ranks.rank == 0:
                 shutil.rmtree(temp, ignore_errors=True)  # what can't be removed now is at the next start
-            raise CheckpointError(f"{final}: not written: {_cause(error)}; earlier ones are unharmed") from error
+            raise NotWrittenError(f"{final}: not written: {_cause(error)}; earlier ones are unharmed") from error
         self._ranks.together(lambda: self._prune(step))
 
     def _clean(self) -> None:

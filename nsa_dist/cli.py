@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from nsa_dist import __version__
 from nsa_dist.console import Console
@@ -26,7 +26,8 @@ examples:
   nsa-dist report runs/cpu-demo                 what the run did and what it sent, against every rival
   torchrun --nproc-per-node=8 -m nsa_dist train my.yaml parallel.cp=8
 
-Settings are key=value, e.g. parallel.cp=4 or 'model.attention=[nsa,full]'; they win over the recipe."""
+Settings are key=value, e.g. parallel.cp=4 or 'model.attention=[nsa,full]'; they win over the recipe.
+All keys with their values are in the config.yaml that a run leaves."""
 _TRAIN = """\
 Trains on this machine, in parallel.dp x parallel.cp processes. The run's folder (run.dir) then holds
 config.yaml, metrics.jsonl, events.jsonl, checkpoints and logs; the same command goes on where it ended.
@@ -78,9 +79,14 @@ def _complain(text: str) -> None:
     print(f"nsa-dist: error: {text}", file=sys.stderr)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"nsa-dist: error: {message}; see {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="nsa-dist",
         description="Trains language models on long sequences with Native Sparse Attention over many GPUs.",
         epilog=_EPILOG,
@@ -147,7 +153,7 @@ def _load(words: list[str]) -> Any:
     """The configuration that the words say: a recipe first, unless the first word is a setting already."""
     from nsa_dist.config import load_config
 
-    if words and "=" not in words[0]:
+    if words and ("=" not in words[0] or Path(words[0]).is_file()):
         return load_config(words[0], words[1:])
     return load_config(str(files("nsa_dist") / "configs" / "cpu-demo.yaml"), words)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nsa_dist.kernels import NSASpec
@@ -32,6 +32,8 @@ CHOICES = {
 
 class ConfigError(ValueError):
     """Bad input: one line that names the thing, its value and what is allowed."""
+
+    bad_input = True  # False in what is told in one line too, but is no fault of the input
 
 
 @dataclass
@@ -145,6 +147,17 @@ class Config:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 
 
+_SECTIONS = tuple(f.name for f in fields(Config))
+_KINDS = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "text",
+    ListConfig: "a list, e.g. [a, b]",
+    DictConfig: "a mapping",
+}
+
+
 def load_config(path: str | None, overrides: list[str]) -> Config:
     """A checked configuration from a recipe's path and `key=value` words.
 
@@ -159,7 +172,7 @@ def load_config(path: str | None, overrides: list[str]) -> Config:
         try:
             layers.append(OmegaConf.from_dotlist([word]))
         except Exception as error:
-            raise ConfigError(f"{key}: can't read the value in '{word}' ({_first_line(error)})") from None
+            raise ConfigError(f"{key}: can't read the value in '{word}' ({_reason(error)})") from None
     merged = OmegaConf.structured(Config)
     for layer in layers:
         for key in _leaf_keys(layer):
@@ -167,8 +180,7 @@ def load_config(path: str | None, overrides: list[str]) -> Config:
         try:
             merged = OmegaConf.merge(merged, layer)
         except OmegaConfBaseException as error:
-            key = getattr(error, "full_key", None) or "configuration"
-            raise ConfigError(f"{key}: {_first_line(error)}") from None
+            raise ConfigError(_misfit(error, merged, layer)) from None
     return check_config(_to_object(merged))
 
 
@@ -196,8 +208,19 @@ def _to_object(config: Any) -> Config:
     return result
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
+    """In one line; of a YAML error what is wrong and where, which come after its first line."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is not None:
+        return f"line {mark.line + 1}: {getattr(error, 'problem', None)}"
     return str(error).strip().splitlines()[0]
+
+
+def _misfit(error: OmegaConfBaseException, merged: Any, layer: Any) -> str:
+    """What of `layer` is of another type than in `merged`."""
+    key = getattr(error, "full_key", None) or "configuration"
+    kind = _KINDS.get(type(OmegaConf.select(merged, key)))
+    return f"{key}={OmegaConf.select(layer, key)}: must be {kind}" if kind else f"{key}: {_reason(error)}"
 
 
 def _read_yaml(path: str) -> DictConfig:
@@ -208,7 +231,7 @@ def _read_yaml(path: str) -> DictConfig:
     try:
         layer = OmegaConf.load(path)
     except Exception as error:
-        raise ConfigError(f"configuration '{path}': not YAML ({_first_line(error)})") from None
+        raise ConfigError(f"configuration '{path}': not YAML ({_reason(error)})") from None
     if not isinstance(layer, DictConfig):
         raise ConfigError(f"configuration '{path}': must be a mapping of sections, e.g. 'model:'")
     return layer
@@ -231,7 +254,9 @@ def _leaf_keys(layer: Any, prefix: str = "") -> list[str]:
         try:
             value = layer[key]
         except OmegaConfBaseException as error:
-            raise ConfigError(f"{name}: {_first_line(error)}") from None
+            raise ConfigError(f"{name}: {_reason(error)}") from None
+        if not prefix and not isinstance(value, DictConfig) and name.partition(".")[0] in _SECTIONS:
+            raise ConfigError(f"{name}={value}: must be keys in a section, e.g. model: {{layers: 4}}")
         keys += _leaf_keys(value, name + ".") if isinstance(value, DictConfig) else [name]
     return keys
 
@@ -242,7 +267,7 @@ def _check_key(key: str) -> None:
         return
     near = difflib.get_close_matches(key, known, 1, cutoff=0.5)
     last = [k for k in known if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-    hint = f"; nearest: {(last or near)[0]}" if last or near else f"; sections: {', '.join(_known_keys()[:0])}"
+    hint = f"; nearest: {(last or near)[0]}" if last or near else f"; sections: {', '.join(_SECTIONS)}"
     raise ConfigError(f"unknown key '{key}'{hint}")
 
 
@@ -267,17 +292,29 @@ def check_config(config: Config) -> Config:
     zero_or_more += " train.validate_every train.validation_sequences train.clip train.weight_decay"
     for key in (zero_or_more + " data.shuffle_seed train.keep_checkpoints").split():
         _require(_get(config, key) >= 0, key, _get(config, key), "0 or more")
-    for key in ("train.lr", "train.eps", "model.rope_base", "model.norm_eps", "model.init_std"):
+    for key, value in _integers(config):
+        _require(value < 1 << 63, key, value, "below 2**63")
+    # Ids and offsets of a sequence's tokens are int32; a timeout beyond a year overflows the libraries' types.
+    _require(config.data.seq_len < 1 << 31, "data.seq_len", config.data.seq_len, "below 2**31")
+    _require(config.data.seq_len >= 2, "data.seq_len", config.data.seq_len, "at least 2 (a lone token has no label)")
+    _require(config.launch.timeout_s <= 31536000, "launch.timeout_s", config.launch.timeout_s, "at most 31536000")
+    for key in ("train.lr", "train.eps", "model.norm_eps", "model.init_std"):
         value = _get(config, key)
         _require(math.isfinite(value) and value > 0, key, value, "above 0")
     for key in ("train.beta1", "train.beta2"):
         _require(0 <= _get(config, key) < 1, key, _get(config, key), "from 0 up to, not including, 1")
+    for key in ("train.weight_decay", "train.clip"):  # found only in a checkpoint otherwise
+        _require(math.isfinite(_get(config, key)), key, _get(config, key), "finite")
     _require(0 <= config.train.min_lr <= 1, "train.min_lr", config.train.min_lr, "from 0 to 1")
-    _require(config.model.yarn_factor >= 1, "model.yarn_factor", config.model.yarn_factor, "1 or more")
     _check_model(config)
     _check_parallel(config)
     _check_sources(config)
     return config
+
+
+def _integers(config: Config) -> list[tuple[str, int]]:
+    leaves = [(key, _get(config, key)) for key in _known_keys() if key.count(".") == 1]
+    return [(key, value) for key, value in leaves if type(value) is int]
 
 
 def _require(fine: bool, key: str, value: Any, allowed: str) -> None:
@@ -293,6 +330,10 @@ def _check_model(config: Config) -> None:
     if model.heads % model.kv_heads:
         raise ConfigError(f"model.heads={model.heads}: must be a multiple of model.kv_heads={model.kv_heads}")
     _require(model.head_dim % 2 == 0, "model.head_dim", model.head_dim, "even (RoPE turns pairs)")
+    _require(math.isfinite(model.rope_base) and model.rope_base > 1, "model.rope_base", model.rope_base, "above 1")
+    factor = model.yarn_factor
+    _require(math.isfinite(factor) and factor >= 1, "model.yarn_factor", factor, "1 or more, and finite")
+    _require(model.yarn_original >= 1, "model.yarn_original", model.yarn_original, "at least 1")
     nsa_spec(config.nsa)
 
 

@@ -1,5 +1,6 @@
 """What a run shows: progress lines, in place on a terminal, and messages."""
 
+import os
 import shutil
 import sys
 from typing import Any, TextIO
@@ -40,5 +41,10 @@ class Console:
         self._open_line = False
 
     def _write(self, text: str) -> None:
-        self._stream.write(text)
-        self._stream.flush()
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except BrokenPipeError:  # `| head` has seen enough: training goes on, metrics.jsonl tells of it
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())  # else Python complains once more at its end
+            os.close(nowhere)

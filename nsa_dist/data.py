@@ -106,17 +106,17 @@ class Corpus:
             labels[: target - first - 1][source.labels[first + 1 : target] == 0] = IGNORED
 
 
-def prepare_all(config: DataConfig, say: Callable[[str], None]) -> None:
+def prepare_all(config: DataConfig, say: Callable[[str], None]) -> tuple[Corpus, Corpus | None]:
     """Prepares every source that isn't yet; quick where all are. `say` gets lines of progress.
 
-    Raises ConfigError for what can't be read or is damaged, and for what `open_corpora` would refuse.
+    Returns what `open_corpora` does. Raises ConfigError for what can't be read or is damaged, or as that does.
     """
     names = [source.path for source in _sources(config)]
     if isinstance(config.validation, str):
         names.append(config.validation)
     for name in dict.fromkeys(names):
         prepare_source(name, config, say)
-    open_corpora(config)
+    return open_corpora(config)
 
 
 def open_corpora(config: DataConfig) -> tuple[Corpus, Corpus | None]:

@@ -21,7 +21,7 @@ _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 class RunFailed(RuntimeError):
     """A run that ended early. The message is one line that names the first cause.
 
-    rank: whose failure it was; cause: what happened, without the rank; bad_input: the cause was a ConfigError.
+    rank: whose failure it was; cause: what happened, without the rank; bad_input: the cause was a fault of the input.
     """
 
     def __init__(self, rank: int, cause: str, log: Path, bad_input: bool = False) -> None:
@@ -81,6 +81,11 @@ def is_collective_error(error: BaseException) -> bool:
     if isinstance(error, RuntimeError) and "gloo" in str(error).lower():  # gloo raises plain RuntimeErrors
         return True
     return error.__cause__ is not None and is_collective_error(error.__cause__)
+
+
+def is_bad_input(error: BaseException) -> bool:
+    """True where it was the input's fault."""
+    return isinstance(error, ConfigError) and error.bad_input
 
 
 def describe(error: BaseException) -> str:

@@ -432,7 +432,8 @@ def save_picture(run_dir: Path, path: Path) -> None:
     _draw_losses(left, run.records)
     _draw_traffic(right, run)
     try:
-        figure.savefig(path, dpi=130)
+        # Without a format matplotlib would write to another name where this one has no ending.
+        figure.savefig(path, dpi=130, format=path.suffix.removeprefix(".") or "png")
     except (OSError, ValueError) as error:
         raise ConfigError(f"picture '{path}': must be a file that can be written, e.g. run.png ({error})") from None
 

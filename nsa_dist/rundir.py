@@ -213,5 +213,6 @@ def _check_fit(paths: list[Path], wanted: dict[str, Any]) -> None:
             if there[key] != here:
                 what = "model" if key.startswith(_MODEL_KEYS) else "run"
                 raise CheckpointError(
-                    f"{path}: checkpoint of another {what}: {key} is {there[key]} there, {here} here"
+                    f"{path}: checkpoint of another {what}: {key} is {there[key]} there, {here} here; must be equal"
+                    + ("" if what == "model" else f", or run.dir a new folder with run.resume={path}")
                 )

@@ -15,7 +15,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from nsa_dist.config import Config, ConfigError
 from nsa_dist.console import Console
-from nsa_dist.process import RunFailed, choose_device, describe, is_collective_error, process_group
+from nsa_dist.process import RunFailed, choose_device, describe, is_bad_input, is_collective_error, process_group
 from nsa_dist.rundir import Resume, event
 from nsa_dist.session import session
 from nsa_dist.stop import stop_on_signal
@@ -93,7 +93,7 @@ def _failure(error: Exception, store: dist.Store, rank: int, run_dir: Path) -> B
         time.sleep(_CAUSE_S)
     if not _first(store):
         return SystemExit(1)
-    failed = RunFailed(rank, describe(error), log, isinstance(error, ConfigError))
+    failed = RunFailed(rank, describe(error), log, is_bad_input(error))
     if rank != 0:  # rank 0's session writes its own
         event(run_dir, "failure", rank=rank, cause=failed.cause)
     return failed

@@ -108,7 +108,7 @@ def train(config: Config, resume: Resume, report: Report) -> None:
             "step_s": seconds,
         }
         record |= {"tokens_per_s": tokens / seconds, "memory_bytes": memory_bytes(), "comm": comm}
-        if held_out and due(step, config.train.validate_every, steps):
+        if held_out and config.train.validation_sequences and due(step, config.train.validate_every, steps):
             record["validation"] = validate(config, model, reader.validation(held_out), mesh)
         if writer:  # before the checkpoint: a run that goes on from it then lacks no line
             writer.step(record)
@@ -257,10 +257,10 @@ def not_finite(config: Config, step: int, loss: float, norm: float, saved: int) 
     for name, value in (("loss", loss), ("grad_norm", norm)):
         if not math.isfinite(value):
             kept = f"the last checkpoint, of step {saved}, is untouched" if saved else "there is no checkpoint yet"
-            return (
-                f"{name}={value} at step {step}: must be finite; {kept} "
-                f"(try a train.lr below {config.train.lr:g}, or train.clip)"
-            )
+            advice = f"try a train.lr below {config.train.lr:g}, or train.clip"
+            if saved:  # auto refuses another learning rate
+                advice += f", in a new run.dir with run.resume={config.run.dir}/checkpoints/step-{saved}"
+            return f"{name}={value} at step {step}: must be finite; {kept} ({advice})"
     return ""
 
 
@@ -290,6 +290,8 @@ def due(step: int, every: int, last: int) -> bool:
 
 def summary(config: Config, model: Decoder, corpus: Corpus, start: int, steps: int) -> str:
     """What is about to be trained, in one line."""
+    if start >= steps:
+        return f"nothing to do: step {start} of {steps} is reached; a larger train.steps goes on"
     parallel, parameters = config.parallel, sum(p.numel() for p in model.parameters())
     begin = f"from step {start}" if start else "from the start"
     return (

@@ -63,21 +63,21 @@ class NSAExchange(Operation):
 
     def backward(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
         q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = inputs
-        _, *branches, lse_cmp, lse_slc, lse_win, picks, bits, got_cmp, got_win, kept = outputs
+        _, o_cmp, o_slc, o_win, lse_cmp, lse_slc, lse_win, picks, bits, got_cmp, got_win, kept = outputs
         seq, scale = self.sequence, self.scale
-        d_gates, (do_cmp, do_slc, do_win), deltas = combine_backward(grad, gates, list(branches))
+        d_gates, (do_cmp, do_slc, do_win) = combine_backward(grad, gates, [o_cmp, o_slc, o_win])
 
         compressed = unpack(seq.compressed.buffer(pack(k_cmp, v_cmp), got_cmp), k_cmp, v_cmp)
         view = seq.compressed_view.ranges
-        dq_cmp, *d_cmp = range_backward(do_cmp, q, *compressed, lse_cmp, deltas[0], view, scale)
+        dq_cmp, *d_cmp = range_backward(do_cmp, q, *compressed, o_cmp, lse_cmp, view, scale)
         own_cmp, sent_cmp = seq.compressed.start_return(pack(*d_cmp))
 
         window = unpack(seq.window_halo.buffer(pack(k_win, v_win), got_win), k_win, v_win)
-        dq_win, *d_win = range_backward(do_win, q, *window, lse_win, deltas[2], seq.window_view, scale)
+        dq_win, *d_win = range_backward(do_win, q, *window, o_win, lse_win, seq.window_view, scale)
         own_win, sent_win = seq.window_halo.start_return(pack(*d_win))
 
         # What others computed for our rows comes back while we do our own part.
-        dq_slc, own_slc, returned = self._selected_backward(do_slc, inputs, lse_slc, deltas[1], picks, bits, kept)
+        dq_slc, own_slc, returned = self._selected_backward(do_slc, inputs, o_slc, lse_slc, picks, bits, kept)
         home_cmp = unpack(seq.compressed.finish(own_cmp, sent_cmp), k_cmp, v_cmp)
         home_win = unpack(seq.window_halo.finish(own_win, sent_win), k_win, v_win)
         for fetch, pending in returned:
@@ -89,8 +89,8 @@ class NSAExchange(Operation):
         self,
         do: Tensor,
         inputs: Sequence[Tensor],
+        o: Tensor,
         lse: Tensor,
-        delta: Tensor,
         picks: Tensor,
         bits: Tensor,
         kept: Tensor,
@@ -104,11 +104,11 @@ class NSAExchange(Operation):
         for fetch in rounds:
             fetched = kept if len(rounds) == 1 else fetch.start(k, v, "refetch", "backward").wait()
             buffer = fetch.rows(fetched, k.shape[2])
-            dq, *d_rows = selected_backward(do, q, *buffer, lse, delta, picks, seq.token_S, fetch.index, self.scale)
+            dq, *d_rows = selected_backward(do, q, *buffer, o, lse, picks, seq.token_S, fetch.index, self.scale)
             parts.append(dq)
             returned.append((fetch, fetch.start_return(*d_rows)))
         local = seq.local_blocks(groups)
-        dq, *d_rows = selected_backward(do, q, *rows, lse, delta, picks, seq.token_S, local, self.scale)
+        dq, *d_rows = selected_backward(do, q, *rows, o, lse, picks, seq.token_S, local, self.scale)
         own = torch.cat(d_rows, dim=-1).view(groups, len(k), k.shape[2] + v.shape[2]).transpose(0, 1).contiguous()
         return sum(parts, dq), own, returned
 
@@ -152,8 +152,7 @@ class WindowExchange(Operation):
         (q, k, v), (o, lse, got) = inputs, outputs
         gather = self.sequence.window_halo
         buffer = unpack(gather.buffer(pack(k, v), got), k, v)
-        delta = (grad.to(lse.dtype) * o).sum(-1)
-        dq, *d_kv = range_backward(grad, q, *buffer, lse, delta, self.sequence.window_view, self.scale)
+        dq, *d_kv = range_backward(grad, q, *buffer, o, lse, self.sequence.window_view, self.scale)
         return [dq, *unpack(gather.finish(*gather.start_return(pack(*d_kv))), k, v)]
 
 

@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nsa_dist.kernels import NSASpec, nsa_attention
+from nsa_dist.kernels.attention import local_views
 from nsa_dist.kernels.combine import merge
+from nsa_dist.kernels.compressed import compressed_forward
 from nsa_dist.kernels.full import full_backward, full_forward
 from nsa_dist.kernels.packing import Packing
-from nsa_dist.kernels.reference import reference_full
+from nsa_dist.kernels.reference import reference_full, reference_selection
 
 NAMES = ("q", "k_cmp", "v_cmp", "k_slc", "v_slc", "k_win", "v_win", "gates")
 
@@ -55,6 +57,19 @@ def test_the_vectorised_path_is_the_reference(case: Any) -> None:
     grads = [torch.autograd.grad(out, xs, do) for out in outs]
     for name, a, b in zip(NAMES, *grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+def test_equal_scores_take_the_lower_block_first(levels: int) -> None:
+    """Equal compressed keys make equal probabilities; keys of few values tie in parts."""
+    packing = Packing(np.array([0, 150, 333]), spec := NSASpec(8, 4, 8, 5, 1, 2, 20))
+    q = torch.ones(333, 4, 2, dtype=torch.float64)
+    k = torch.arange(packing.compressed * 2).view(-1, 2, 1).expand(-1, -1, 2) % levels * torch.ones_like(q[:1, :1])
+    view = local_views(packing, q.device, 2).compressed
+    _, _, picks = compressed_forward(q, k, k, view, spec, 1.0)
+    assert torch.equal(picks.long(), reference_selection(q, k, spec, packing, 1.0))
+    if levels == 1:  # all alike inside a document: after block 0 those that weigh fully, 1 and 2, are first
+        assert picks[149].tolist() == [[0, 1, 2, 17, 18]] * 2
 
 
 def test_a_batch_is_as_many_sequences() -> None:

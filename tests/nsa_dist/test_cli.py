@@ -1,5 +1,6 @@
 """The command line: bad input before any worker starts, real runs, signals, torchrun."""
 
+import errno
 import json
 import os
 import signal
@@ -10,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from nsa_dist.checkpoint import NotWrittenError
 from nsa_dist.cli import main
 from nsa_dist.console import Console
-from nsa_dist.process import RunFailed
+from nsa_dist.process import RunFailed, is_bad_input
 
 TINY = """
 model: {layers: 1, width: 32, heads: 2, head_dim: 16, ffn: 64}
@@ -44,6 +46,19 @@ def events(run_dir: Path) -> list[str]:
         (["train", "RECIPE", "model.layer=3"], ["model.layer", "model.layers"]),
         (["train", "RECIPE", "parallel.layout=zigzap"], ["parallel.layout=zigzap", "contiguous, zigzag"]),
         (["train", "RECIPE", "data.source=missing.txt"], ["missing.txt"]),
+        (["train", "RECIPE", "model.vocab_size=256"], ["model.vocab_size=256", "257", "data.tokenizer=bytes"]),
+        (["train", "RECIPE", "parallel.cp=two"], ["parallel.cp=two", "an integer"]),
+        (["train", "RECIPE", "train.lr="], ["train.lr=None", "a number"]),
+        (["train", "RECIPE", "model.attention=nsa"], ["model.attention=nsa", "a list"]),
+        (["train", "RECIPE", "parallel=3"], ["parallel=3", "section"]),
+        (["train", "RECIPE", "xyzzy=3"], ["'xyzzy'", "run, model, nsa, data, train, parallel, launch"]),
+        (["train", "RECIPE", f"run.seed={1 << 63}"], ["run.seed=9223372036854775808", "below 2**63"]),
+        (["train", "RECIPE", f"data.seq_len={1 << 31}"], ["data.seq_len=2147483648", "below 2**31"]),
+        (["train", "RECIPE", "launch.timeout_s=100000000"], ["launch.timeout_s=100000000", "31536000"]),
+        (["train", "RECIPE", "data.seq_len=1", "parallel.cp=1"], ["data.seq_len=1", "at least 2"]),
+        (["train", "RECIPE", "train.weight_decay=inf"], ["train.weight_decay=inf", "finite"]),
+        (["train", "RECIPE", "train.clip=inf"], ["train.clip=inf", "finite"]),
+        (["train", "RECIPE", "model.yarn_original=0"], ["model.yarn_original=0", "at least 1"]),
         (["train", "RECIPE", "launch.backend=torchrun"], ["torchrun --nproc-per-node=2 -m nsa_dist train"]),
         (["train", "RECIPE", "run.dir=/dev/null/run"], ["/dev/null/run"]),
         (["prepare", "RECIPE", "data.tokenizer=none.json"], ["none.json"]),
@@ -64,6 +79,31 @@ def test_bad_input_is_one_line_before_any_worker_starts(
     told = capsys.readouterr().err
     assert told.startswith("nsa-dist: error: ") and told.count("\n") == 1
     assert all(name in told for name in names)
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("model:\n\tlayers: 2\n", ["line 2", "token"]),
+        ("model: {layers: 1}\nmodel: {layers: 2}\n", ["line 2", "duplicate key model"]),
+        ("model.layers: 2\n", ["model.layers=2", "section"]),
+    ],
+)
+def test_a_wrong_recipe_is_named_with_its_line(
+    text: str, names: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a=b.yaml").write_text(text)  # a recipe though it looks like a setting
+    assert main(["train", str(tmp_path / "a=b.yaml")]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and all(name in told for name in names)
+
+
+@pytest.mark.parametrize("words", [[], ["bogus"], ["report"], ["train", "--steps"]])
+def test_wrong_words_are_one_line_that_leads_to_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and told.count("\n") == 1 and told.endswith("--help\n")
 
 
 def test_more_ranks_than_gpus_names_both(
@@ -87,6 +127,10 @@ def test_train_trains(
     assert steps == ["1/3", "2/3", "3/3"]
     kinds = [kind for kind in events(run_dir) if kind in ("start", "end", "failure")]
     assert kinds == ["start", "end"]
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    assert main(["train", str(recipe), f"run.dir={run_dir}"]) == 0
+    assert capfd.readouterr().out.startswith("nothing to do: step 3 of 3 is reached")
+    assert (run_dir / "metrics.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize(("bad_input", "status"), [(False, 1), (True, 2)])
@@ -142,6 +186,30 @@ def test_a_signal_ends_the_run(recipe: Path, tmp_path: Path, number: signal.Sign
         os.killpg(run.pid, 0)
 
 
+def test_a_disk_that_is_full_is_one_line_and_hides_no_cause(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: object, **more: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    words = ["train", str(recipe), f"run.dir={tmp_path}/run"]
+    with monkeypatch.context() as patch:
+        patch.setattr("nsa_dist.rundir.OmegaConf.save", full)
+        assert main(words) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and f"run.dir={tmp_path}/run" in told and "No space left" in told
+
+    def fail(*args: object) -> None:  # a checkpoint that isn't written, and then no event either
+        monkeypatch.setattr("nsa_dist.session.event", full)
+        raise RunFailed(0, "step-2: not written", Path("rank-0.txt"), is_bad_input(NotWrittenError("step-2")))
+
+    monkeypatch.setattr("nsa_dist.launch.local.run_local", fail)
+    assert main(words) == 1
+    out, err = capsys.readouterr()
+    assert err == "nsa-dist: error: rank 0: step-2: not written; see rank-0.txt\n"
+    assert "event 'failure' not written" in out
+
+
 def torchrun(recipe: Path, tmp_path: Path, processes: int, *words: str) -> subprocess.CompletedProcess[str]:
     """Under torchrun, where `import ray` fails."""
     (tmp_path / "ray.py").write_text("raise ImportError('Ray must not be needed')")
@@ -182,6 +250,16 @@ def test_torchrun_with_another_number_of_processes(
         assert "WORLD_SIZE=6" in told and "parallel.cp=2 = 2 processes" in told
     else:
         assert told == ""
+
+
+def test_a_reader_that_leaves_does_not_end_the_run() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream:
+        console = Console(stream)
+        for _ in range(2):
+            console.step("step 1/2")
+        console.say("done")
 
 
 def test_progress_is_rewritten_in_place_on_a_terminal_only() -> None:

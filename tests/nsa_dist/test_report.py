@@ -251,6 +251,8 @@ def test_picture_is_a_png(make_run: Callable[..., Path]) -> None:
     assert content[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = struct.unpack(">II", content[16:24])
     assert 1000 < width < 2000 and 400 < height < 1000
+    save_picture(run_dir, run_dir / "picture")
+    assert (run_dir / "picture").is_file()  # under the name that was given
     with pytest.raises(ConfigError, match=r"run\.nothing"):
         save_picture(run_dir, run_dir / "run.nothing")
 
