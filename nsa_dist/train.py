@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from nsa_dist.checkpoint import Checkpointer, restore_random, training_state
 from nsa_dist.config import Config, ConfigError, nsa_spec
@@ -55,6 +56,12 @@ def train(config: Config, resume: Resume, report: Report) -> None:
             report({"kind": "say", "text": text})
 
     check_same(config)
+    def save(step: int) -> None:
+        if any_rank(mesh, not all_finite(state), device):
+            saver.wait()
+            raise TrainingError(f"parameters after step {step}: must be finite; no checkpoint of them is written")
+        saver.save(step, state, numbers)
+
     corpus, held_out = open_corpora(config.data)
     reader = Reader(config, mesh, device)
     model, optimizer = build(config, corpus.vocab_size, mesh, device)
@@ -115,12 +122,12 @@ def train(config: Config, resume: Resume, report: Report) -> None:
             if due(step, config.train.log_every, steps):
                 report({"kind": "step", "line": progress(record, steps, mesh.world.size)})
         if due(step, config.train.checkpoint_every, steps):
-            saver.save(step, state, numbers)
+            save(step)
             saved = step
         asked = bool(report({"kind": "beat", "step": step}))
 
     if steps > saved:  # stopped between two checkpoints
-        saver.save(steps, state, numbers)
+        save(steps)
     saver.wait()
     if writer:
         writer.close()
@@ -240,6 +247,7 @@ def traffic_record(mesh: Mesh, rivals: Ints) -> dict[str, Any]:
     own = as_table(mesh.ledger.take())
     tables = torch.from_numpy(np.concatenate([own[None], rivals])).to(home(mesh))
     every = all_gather(mesh.world, tables, "control", "forward").wait().cpu().numpy()
+    mesh.ledger.take()  # this gathering is no part of any step
     comm: dict[str, Any] = summarise(every[:, 0])
     possible = {name: every[:, i + 1] for i, name in enumerate(RIVALS) if (every[:, i + 1] >= 0).all()}
     comm["rivals"] = {name: summarise(table) for name, table in possible.items()}
@@ -249,6 +257,12 @@ def traffic_record(mesh: Mesh, rivals: Ints) -> dict[str, Any]:
 def any_rank(mesh: Mesh, flag: bool, device: torch.device) -> bool:
     """True on every rank where the flag is up on one."""
     return bool(all_reduce(mesh.world, torch.tensor([float(flag)], device=device)))
+
+
+def all_finite(state: dict[str, Tensor]) -> bool:
+    """Whether this rank's part of parameters and optimiser state is finite: a step can overflow after its check."""
+    local = (x.to_local() if isinstance(x, DTensor) else x for x in state.values())
+    return all(bool(x.isfinite().all()) for x in local)
 
 
 def not_finite(config: Config, step: int, loss: float, norm: float, saved: int) -> str:

@@ -183,6 +183,14 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_the_step(recipe: Path, tm
     assert stored and all(torch.isfinite(value).all() for value in stored)
 
 
+def test_a_step_that_overflows_leaves_no_checkpoint(recipe: Path, tmp_path: Path) -> None:
+    words = ["train.dtype=float32", "train.warmup_steps=0", "train.checkpoint_every=1"]
+    words += ["model.init_std=10", "train.lr=1e18", "train.weight_decay=3e20"]  # 10 x 3e38 is no float32
+    with pytest.raises(pytest.fail.Exception, match=r"TrainingError: parameters after step 1: must be finite"):
+        runs([configure(recipe, *words)], tmp_path)
+    assert not list((tmp_path / "0/checkpoints").glob("step-*"))
+
+
 def dcp_values(checkpoint: Path) -> list[torch.Tensor]:
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
