@@ -56,6 +56,7 @@ def train(config: Config, resume: Resume, report: Report) -> None:
             report({"kind": "say", "text": text})
 
     check_same(config)
+
     def save(step: int) -> None:
         if any_rank(mesh, not all_finite(state), device):
             saver.wait()
