@@ -11,6 +11,7 @@ Shapes: S queries, N key rows, H query heads, G KV heads, R = H // G, M queries 
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -30,6 +31,33 @@ class Ranges:
     bounds: Ints  # [tiles, 2], queries of each tile
     lo_S: Tensor  # the same on the device
     hi_S: Tensor
+
+    @property
+    def widest(self) -> int:
+        """The most queries that see one row."""
+        begin, end = self._seen
+        return int((end - begin).max(initial=0))
+
+    def seen_by(self, rows: int) -> tuple[Tensor, Tensor]:
+        """For each of the buffer's rows the queries [first, end) among which are those that see it, on the device.
+
+        lo and hi never fall from one query to the next.
+        """
+        if rows not in self._on_device:
+            begin, end = self._seen
+            parts = np.full(rows, len(self.lo)), np.zeros(rows, np.int64)
+            parts[0][: len(begin)], parts[1][: len(end)] = begin[:rows], end[:rows]
+            self._on_device[rows] = tuple(torch.from_numpy(x).to(self.lo_S.device) for x in parts)
+        return self._on_device[rows]
+
+    @cached_property
+    def _seen(self) -> tuple[Ints, Ints]:
+        rows = np.arange(self.hi.max(initial=0))
+        return np.searchsorted(self.hi, rows, side="right"), np.searchsorted(self.lo, rows, side="right")
+
+    @cached_property
+    def _on_device(self) -> dict[int, tuple[Tensor, Tensor]]:
+        return {}
 
     def tiles(self) -> Iterator[tuple[slice, slice, Tensor | None]]:
         """(queries, key rows, mask [M, N] or None where every query sees all rows) of each tile."""

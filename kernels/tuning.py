@@ -1,0 +1,95 @@
+"""What each kernel is launched with on each target, and what the kernels take at all."""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+HEAD_SIZES = range(16, 257, 8)
+
+launches: dict[str, int] = {}
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its kernels in Python, on the CPU (TRITON_INTERPRET=1 when triton is imported)."""
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def supported(x: Tensor) -> bool:
+    """Whether the Triton kernels compute tensors of this device and type."""
+    return x.dtype in DTYPES and (x.device.type == "cuda" or (x.device.type == "cpu" and interpreted()))
+
+
+def count_launch(name: str) -> None:
+    launches[name] = launches.get(name, 0) + 1
+
+
+def check_launch(*xs: Tensor) -> None:
+    """Raises ValueError for what no kernel is made for."""
+    for x in xs:
+        if x.dtype not in DTYPES:
+            raise ValueError(f"type {x.dtype}: the Triton kernels take float16, bfloat16, float32")
+        if x.shape[-1] not in HEAD_SIZES:
+            raise ValueError(f"head size {x.shape[-1]}: the Triton kernels take 16 to 256, a multiple of 8")
+
+
+def pieces(dk: int, dv: int) -> dict[str, int]:
+    """Head sizes as two powers of two each, the second 0 where one is enough: 192 = 128 + 64."""
+    return {f"D{name}{i}": x for name, size in (("K", dk), ("V", dv)) for i, x in _pieces(size).items()}
+
+
+@cache
+def _pieces(size: int) -> dict[str, int]:
+    first = 1 << (size.bit_length() - 1)
+    rest = size - first
+    return {"": size, "1": first, "2": max(16, 1 << (rest - 1).bit_length()) if rest else 0}
+
+
+def precision(x: Tensor) -> str:
+    """float32 products: IEEE on AMD and the CPU, three TF32 products on NVIDIA (Triton's default is one)."""
+    nvidia = x.device.type == "cuda" and torch.version.hip is None
+    return "tf32x3" if nvidia and x.dtype == torch.float32 else "ieee"
+
+
+@cache
+def target(device: torch.device) -> str:
+    if device.type == "cpu":
+        return "interpreter"
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def tuned(kernel: str, x: Tensor, dk: int, dv: int) -> dict[str, int]:
+    """Tile sizes, warps and stages of a kernel."""
+    return dict(configuration(kernel, target(x.device), x.dtype == torch.float32, max(dk, dv)))
+
+
+# (target, kernel): BM, BN, warps, stages at head sizes up to 128 and above it, 16-bit types.
+_TABLE = {
+    ("sm_90", "range_forward"): ((128, 128, 8, 2), (128, 64, 8, 2)),
+    ("sm_90", "range_dq"): ((128, 64, 8, 2), (128, 64, 8, 2)),
+    ("sm_90", "range_dkv"): ((64, 128, 8, 2), (64, 128, 8, 2)),
+    ("sm_90", "scores"): ((128, 128, 8, 2), (128, 128, 8, 2)),
+    ("sm_90", "selected_forward"): ((128, 64, 8, 2), (128, 64, 8, 2)),
+    ("sm_90", "selected_backward"): ((64, 64, 8, 2), (64, 64, 8, 2)),
+}
+_AMD = ((64, 32, 4, 1), (64, 32, 4, 1))
+_NVIDIA = ((64, 64, 4, 2), (64, 32, 8, 2))
+
+
+@cache
+def configuration(kernel: str, where: str, wide: bool, size: int) -> tuple[tuple[str, int], ...]:
+    """`wide`: float32."""
+    if where == "interpreter":
+        bm, bn, warps, stages = 32, 16, 4, 1
+    elif wide:
+        bm, bn, warps, stages = (32, 32, 4, 1) if size <= 128 else (16, 16, 4, 1)
+    else:
+        family = _AMD if where.startswith("gfx") else _NVIDIA
+        bm, bn, warps, stages = _TABLE.get((where, kernel), family)[size > 128]
+    return (("BM", bm), ("BN", bn), ("num_warps", warps), ("num_stages", stages))
