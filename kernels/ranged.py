@@ -36,7 +36,9 @@ def store_rows(ptr, offset_M, mask_M, value, D: tl.constexpr, START: tl.constexp
 
 
 @triton.jit
-def add_rows(ptr, offset_M, mask_M, value, D: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, ADD: tl.constexpr):
+def add_rows(
+    ptr, offset_M, mask_M, value, D: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, ADD: tl.constexpr
+):
     """Stores, or adds to what is there."""
     if ADD:
         value += load_rows(ptr, offset_M, mask_M, D, START, WIDTH).to(tl.float32)
