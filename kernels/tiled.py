@@ -47,7 +47,8 @@ class Ranges:
             begin, end = self._seen
             parts = np.full(rows, len(self.lo)), np.zeros(rows, np.int64)
             parts[0][: len(begin)], parts[1][: len(end)] = begin[:rows], end[:rows]
-            self._on_device[rows] = tuple(torch.from_numpy(x).to(self.lo_S.device) for x in parts)
+            first, last = (torch.from_numpy(x).to(self.lo_S.device) for x in parts)
+            self._on_device[rows] = first, last
         return self._on_device[rows]
 
     @cached_property

@@ -1,6 +1,7 @@
 """Runs a function on several gloo ranks of this machine."""
 
 import multiprocessing
+import os
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -9,6 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["nsa_dist.train", "torch.utils.tensorboard", "torch.distributed.checkpoint"])
