@@ -71,9 +71,9 @@ def tuned(kernel: str, x: Tensor, dk: int, dv: int) -> dict[str, int]:
 
 # (target, kernel): BM, BN, warps, stages at head sizes up to 128 and above it, 16-bit types.
 _TABLE = {
-    ("sm_90", "range_forward"): ((128, 128, 8, 2), (128, 64, 8, 2)),
+    ("sm_90", "range_forward"): ((128, 64, 8, 3), (128, 64, 8, 3)),
     ("sm_90", "range_dq"): ((128, 64, 8, 2), (128, 64, 8, 2)),
-    ("sm_90", "range_dkv"): ((64, 128, 8, 2), (64, 128, 8, 2)),
+    ("sm_90", "range_dkv"): ((32, 128, 8, 2), (32, 128, 8, 2)),
     ("sm_90", "scores"): ((128, 128, 8, 2), (128, 128, 8, 2)),
     ("sm_90", "selected_forward"): ((128, 64, 8, 2), (128, 64, 8, 2)),
     ("sm_90", "selected_backward"): ((64, 64, 8, 2), (64, 64, 8, 2)),

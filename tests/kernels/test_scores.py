@@ -1,0 +1,44 @@
+"""Triton's selection against the vectorised one, ties made on purpose included."""
+
+import numpy as np
+import pytest
+import torch
+
+from nsa_dist.kernels import NSASpec, ranged, scores, tuning
+from nsa_dist.kernels.compressed import compressed_forward, compressed_view
+from nsa_dist.kernels.packing import Packing
+from nsa_dist.kernels.tiled import query_breaks
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available() and not tuning.interpreted(), reason="no interpreter")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize(
+    ("cu", "heads", "groups", "dk", "spec"),
+    [
+        ([0, 70, 73, 150], 6, 2, 24, NSASpec(8, 4, 16, 6, 1, 2, 24)),
+        ([0, 120], 4, 4, 16, NSASpec(4, 4, 8, 5, 2, 1, 24)),
+        ([0, 5, 110], 3, 1, 16, NSASpec(12, 4, 8, 3, 0, 1, 24)),
+        ([0, 330], 16, 1, 48, NSASpec(16, 4, 16, 16, 1, 2, 24)),
+    ],
+)
+def test_selects_the_same_blocks(cu: list[int], heads: int, groups: int, dk: int, spec: NSASpec, ties: bool) -> None:
+    packing = Packing(np.array(cu), spec)
+    tokens = np.arange(packing.tokens)
+    generator = torch.Generator().manual_seed(1)
+    q = torch.randn(len(tokens), heads, dk, generator=generator).to(DEVICE)
+    k = torch.randn(packing.compressed, groups, dk, generator=generator).to(DEVICE)
+    if ties:
+        k[:] = k[:1]
+    view = compressed_view(packing, tokens, np.arange(packing.compressed), DEVICE)
+    _, _, wanted = compressed_forward(q, k, k, view, spec, dk**-0.5)
+    _, lse = ranged.range_forward(q, k, k, view.ranges, dk**-0.5)
+    tile = scores.query_tile(heads, groups, q)
+    bounds = scores.query_tiles(len(tokens), query_breaks(packing, tokens), tile, DEVICE)
+    ranges = view.ranges
+    found = scores.select_blocks(
+        q, k, lse, ranges.lo_S, ranges.hi_S, view.own_S, view.first_S, bounds, tile, spec, dk**-0.5
+    )
+    assert torch.equal(found, wanted)
