@@ -20,7 +20,7 @@ from nsa_dist.kernels.tiled import Ints, tile_bounds
 from nsa_dist.kernels.tuning import check_launch, count_launch, pieces, precision, tuned
 
 LOG2E = tl.constexpr(1.4426950408889634)
-_CHUNK = 256  # blocks
+_CHUNK = 64  # blocks
 
 
 @triton.jit
