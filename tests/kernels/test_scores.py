@@ -21,7 +21,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         ([0, 70, 73, 150], 6, 2, 24, NSASpec(8, 4, 16, 6, 1, 2, 24)),
         ([0, 120], 4, 4, 16, NSASpec(4, 4, 8, 5, 2, 1, 24)),
         ([0, 5, 110], 3, 1, 16, NSASpec(12, 4, 8, 3, 0, 1, 24)),
-        ([0, 330], 16, 1, 48, NSASpec(16, 4, 16, 16, 1, 2, 24)),
+        ([0, 300], 16, 1, 48, NSASpec(16, 4, 16, 16, 1, 2, 24)),
     ],
 )
 def test_selects_the_same_blocks(cu: list[int], heads: int, groups: int, dk: int, spec: NSASpec, ties: bool) -> None:
@@ -31,7 +31,7 @@ def test_selects_the_same_blocks(cu: list[int], heads: int, groups: int, dk: int
     q = torch.randn(len(tokens), heads, dk, generator=generator).to(DEVICE)
     k = torch.randn(packing.compressed, groups, dk, generator=generator).to(DEVICE)
     if ties:
-        k[:] = k[:1]
+        q.zero_()  # every probability of a query is the same, whatever the order in which products are added
     view = compressed_view(packing, tokens, np.arange(packing.compressed), DEVICE)
     _, _, wanted = compressed_forward(q, k, k, view, spec, dk**-0.5)
     _, lse = ranged.range_forward(q, k, k, view.ranges, dk**-0.5)
