@@ -1,22 +1,22 @@
 """The public function: NSA from q, the branches' keys and values, and gates, on one device."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nsa_dist.kernels.combine import combine_backward, combine_forward
-from nsa_dist.kernels.compressed import CompressedView, compressed_forward, compressed_view
+from nsa_dist.kernels.branch import BranchGrad
+from nsa_dist.kernels.compressed import CompressedView, compressed_view
+from nsa_dist.kernels.implementations import BACKENDS, Implementation, implementation
 from nsa_dist.kernels.packing import Packing
 from nsa_dist.kernels.reference import reference_attention
-from nsa_dist.kernels.selected import BlockIndex, block_index, head_rows, selected_backward, selected_forward
+from nsa_dist.kernels.selected import BlockIndex, block_index, head_rows
 from nsa_dist.kernels.spec import NSASpec
-from nsa_dist.kernels.tiled import Ranges, range_backward, range_forward, window_ranges
-
-BACKENDS = ("auto", "reference")
+from nsa_dist.kernels.tiled import Ranges, window_ranges
 
 
 def nsa_attention(
@@ -42,23 +42,28 @@ def nsa_attention(
     Returns [B, T, H, Dv] in q's type. G divides H.
 
     cu_seqlens: int32 [documents + 1], tokens at which packed documents start and the last ends (B = 1).
-    scale: of the products; Dk ** -0.5 unless given. backend: `auto` (vectorised, in tiles) or `reference`
-    (the definition; any floating type, slow).
+    scale: of the products; Dk ** -0.5 unless given. backend: `triton` (the kernels; float16, bfloat16, float32,
+    head sizes from 16 to 256 that 8 divides), `auto` (the kernels on a GPU, plain torch operations in tiles on a
+    CPU and in float64) or `reference` (the definition; any floating type, slow).
+
+    An operator of torch.library: torch.compile takes it without a graph break.
 
     Raises ValueError naming the argument, its value and what is allowed.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}: must be one of {', '.join(BACKENDS)}")
-    packing = _packing(q, spec, cu_seqlens)
     kv = {"k_cmp": k_cmp, "v_cmp": v_cmp, "k_slc": k_slc, "v_slc": v_slc, "k_win": k_win, "v_win": v_win}
-    _check(q, kv, gates, packing)
+    _check(q, kv, gates, spec, cu_seqlens)
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    sizes = [getattr(spec, f.name) for f in fields(spec)]
     inputs = [x.flatten(0, 1) for x in (q, *kv.values(), gates)]
     if backend == "reference":
+        packing = _packing(q.shape[0], inputs, sizes, cu_seqlens)
         q_, k_cmp_, v_cmp_, k_slc_, v_slc_, k_win_, v_win_, gates_ = inputs
         out = reference_attention(q_, k_cmp_, v_cmp_, k_slc_, v_slc_, k_win_, v_win_, gates_, spec, packing, factor)
     else:
-        out = _TiledNSA.apply(local_views(packing, q.device, k_slc.shape[2]), spec, factor, *inputs)
+        implementation(q, backend)  # refuses what it can't compute
+        out = _attention(inputs, cu_seqlens, q.shape[0], sizes, factor, backend)[0]
     return out.view(*q.shape[:3], v_slc.shape[-1])
 
 
@@ -83,75 +88,172 @@ def local_views(packing: Packing, device: torch.device, groups: int = 1) -> Loca
     )
 
 
-def nsa_forward(views: LocalViews, spec: NSASpec, scale: float, inputs: Sequence[Tensor]) -> list[Tensor]:
+def nsa_forward(
+    views: LocalViews, spec: NSASpec, scale: float, inputs: Sequence[Tensor], backend: str = "auto"
+) -> list[Tensor]:
     """Output, then what the backward needs: the branches' outputs, their log-sum-exps, the selection."""
     q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = inputs
-    o_cmp, lse_cmp, picks = compressed_forward(q, k_cmp, v_cmp, views.compressed, spec, scale)
+    local = implementation(q, backend)
+    o_cmp, lse_cmp, picks = local.compressed_forward(q, k_cmp, v_cmp, views.compressed, spec, scale)
     rows = head_rows(k_slc), head_rows(v_slc)
-    o_slc, lse_slc = selected_forward(q, *rows, picks, views.token_S, views.blocks, scale)
-    o_win, lse_win = range_forward(q, k_win, v_win, views.window, scale)
-    out = combine_forward(gates, [o_cmp, o_slc, o_win])
+    o_slc, lse_slc = local.selected_forward(q, *rows, picks, views.token_S, views.blocks, scale)
+    o_win, lse_win = local.range_forward(q, k_win, v_win, views.window, scale)
+    out = local.combine_forward(gates, [o_cmp, o_slc, o_win])
     return [out, o_cmp, o_slc, o_win, lse_cmp, lse_slc, lse_win, picks]
 
 
 def nsa_backward(
-    views: LocalViews, scale: float, inputs: Sequence[Tensor], outputs: Sequence[Tensor], do: Tensor
+    views: LocalViews,
+    scale: float,
+    inputs: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    do: Tensor,
+    backend: str = "auto",
 ) -> list[Tensor]:
     """Gradients of the eight inputs, in their types."""
     q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = inputs
-    _, o_cmp, o_slc, o_win, lse_cmp, lse_slc, lse_win, picks = outputs
-    d_gates, (do_cmp, do_slc, do_win) = combine_backward(do, gates, [o_cmp, o_slc, o_win])
-    cmp = range_backward(do_cmp, q, k_cmp, v_cmp, o_cmp, lse_cmp, views.compressed.ranges, scale)
+    local = implementation(q, backend)
+    d_gates, (cmp, slc, win) = gated_branches(local, do, gates, outputs[1:4], outputs[4:7])
+    picks = outputs[7]
+    dq, *d_cmp = local.range_backward(cmp, q, k_cmp, v_cmp, views.compressed.ranges, scale)
     rows = head_rows(k_slc), head_rows(v_slc)
-    dq_slc, *d_rows = selected_backward(do_slc, q, *rows, o_slc, lse_slc, picks, views.token_S, views.blocks, scale)
-    slc = [d.view(k_slc.shape[1], len(k_slc), d.shape[-1]).transpose(0, 1) for d in d_rows]
-    win = range_backward(do_win, q, k_win, v_win, o_win, lse_win, views.window, scale)
-    grads = [cmp[0] + dq_slc + win[0], *cmp[1:], *slc, *win[1:], d_gates]
-    return [g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)]
+    _, *d_rows = local.selected_backward(slc, q, *rows, picks, views.token_S, views.blocks, scale, dq)
+    d_slc = [d.view(k_slc.shape[1], len(k_slc), d.shape[-1]).transpose(0, 1) for d in d_rows]
+    _, *d_win = local.range_backward(win, q, k_win, v_win, views.window, scale, dq)
+    grads = [dq, *d_cmp, *d_slc, *d_win, d_gates]
+    return [g.to(x.dtype).contiguous() for g, x in zip(grads, inputs, strict=True)]
 
 
-class _TiledNSA(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, views: LocalViews, spec: NSASpec, scale: float, *inputs: Tensor) -> Tensor:
-        outputs = nsa_forward(views, spec, scale, inputs)
-        ctx.views, ctx.scale = views, scale
-        ctx.save_for_backward(*inputs, *outputs)
-        return outputs[0]
-
-    @staticmethod
-    def backward(ctx: Any, do: Tensor) -> Any:
-        saved = ctx.saved_tensors
-        return None, None, None, *nsa_backward(ctx.views, ctx.scale, saved[:8], saved[8:], do)
+def gated_branches(
+    local: Implementation, do: Tensor, gates: Tensor, outs: Sequence[Tensor], lses: Sequence[Tensor]
+) -> tuple[Tensor, list[BranchGrad]]:
+    """The gates' gradient [S, H, 3], and what each branch's backward starts from."""
+    d_gates = local.row_deltas(do, list(outs))
+    gates = gates.contiguous()
+    parts = zip(outs, lses, strict=True)
+    return d_gates, [BranchGrad(do, gates[..., i], *part, d_gates[..., i]) for i, part in enumerate(parts)]
 
 
-def _packing(q: Tensor, spec: NSASpec, cu_seqlens: Tensor | None) -> Packing:
-    if q.dim() != 4:
-        raise ValueError(f"q of shape {tuple(q.shape)}: must be [B, T, H, Dk]")
-    batch, tokens = q.shape[:2]
+@torch.library.custom_op("nsa_dist::attention", mutates_args=())
+def _attention(
+    inputs: list[Tensor], cu_seqlens: Tensor | None, batch: int, sizes: list[int], scale: float, backend: str
+) -> list[Tensor]:
+    """`nsa_forward` of the flattened inputs [B * T, ...]; `sizes`: the spec's fields."""
+    packing = _packing(batch, inputs, sizes, cu_seqlens)
+    with torch.cuda.device_of(inputs[0]):
+        return nsa_forward(_views(packing, inputs), packing.spec, scale, inputs, backend)
+
+
+@_attention.register_fake
+def _(
+    inputs: list[Tensor], cu_seqlens: Tensor | None, batch: int, sizes: list[int], scale: float, backend: str
+) -> list[Tensor]:
+    q, v_slc = inputs[0], inputs[4]
+    outs = [q.new_empty(*q.shape[:2], v_slc.shape[2]) for _ in range(4)]
+    lses = [q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32)) for _ in range(3)]
+    count = sizes[[f.name for f in fields(NSASpec)].index("select_count")]
+    return [*outs, *lses, q.new_empty(len(q), v_slc.shape[1], count, dtype=torch.int32)]
+
+
+@torch.library.custom_op("nsa_dist::attention_backward", mutates_args=())
+def _attention_backward(
+    inputs: list[Tensor],
+    outputs: list[Tensor],
+    do: Tensor,
+    cu_seqlens: Tensor | None,
+    batch: int,
+    sizes: list[int],
+    scale: float,
+    backend: str,
+) -> list[Tensor]:
+    packing = _packing(batch, inputs, sizes, cu_seqlens)
+    with torch.cuda.device_of(inputs[0]):
+        return nsa_backward(_views(packing, inputs), scale, inputs, outputs, do, backend)
+
+
+@_attention_backward.register_fake
+def _(
+    inputs: list[Tensor],
+    outputs: list[Tensor],
+    do: Tensor,
+    cu_seqlens: Tensor | None,
+    batch: int,
+    sizes: list[int],
+    scale: float,
+    backend: str,
+) -> list[Tensor]:
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    tensors, cu_seqlens, *ctx.rest = inputs
+    ctx.cu_seqlens = cu_seqlens
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    inputs, outputs = list(ctx.saved_tensors[:8]), list(ctx.saved_tensors[8:])
+    if grads[0] is None:
+        return None, None, None, None, None, None
+    found = _attention_backward(inputs, outputs, grads[0], ctx.cu_seqlens, *ctx.rest)
+    return found, None, None, None, None, None
+
+
+_attention.register_autograd(_differentiate, setup_context=_setup)
+
+
+@lru_cache(maxsize=8)
+def _cached_packing(cu: tuple[int, ...], sizes: tuple[int, ...]) -> Packing:
+    return Packing(np.array(cu), NSASpec(*sizes))
+
+
+@lru_cache(maxsize=8)
+def _cached_views(packing: Packing, device: torch.device, groups: int) -> LocalViews:
+    return local_views(packing, device, groups)
+
+
+def _views(packing: Packing, inputs: Sequence[Tensor]) -> LocalViews:
+    """Of every layer alike: made once for a sequence."""
+    return _cached_views(packing, inputs[0].device, inputs[3].shape[1])
+
+
+def _packing(batch: int, inputs: Sequence[Tensor], sizes: Sequence[int], cu_seqlens: Tensor | None) -> Packing:
+    tokens, rows = len(inputs[0]), len(inputs[1])
     if cu_seqlens is None:
-        return Packing(np.arange(batch + 1 if tokens else 1) * tokens, spec)
-    if batch != 1:
-        raise ValueError(f"cu_seqlens with B={batch}: packed documents take B = 1")
-    if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.dim() != 1:
-        raise ValueError(
-            f"cu_seqlens of type {cu_seqlens.dtype}, shape {tuple(cu_seqlens.shape)}: must be int32 [documents + 1]"
-        )
-    packing = Packing(cu_seqlens.cpu().numpy(), spec)
+        cu = tuple(range(0, tokens + 1, tokens // batch)) if tokens else (0,)
+    else:
+        cu = tuple(cu_seqlens.tolist())
+    packing = _cached_packing(cu, tuple(sizes))
     if packing.tokens != tokens:
         raise ValueError(f"cu_seqlens[-1]={packing.tokens}: must be T={tokens}")
+    if packing.compressed != rows:
+        raise ValueError(f"k_cmp with {rows} compressed tokens: cu_seqlens makes {packing.compressed}")
     return packing
 
 
-def _check(q: Tensor, kv: dict[str, Tensor], gates: Tensor, packing: Packing) -> None:
+def _check(q: Tensor, kv: dict[str, Tensor], gates: Tensor, spec: NSASpec, cu_seqlens: Tensor | None) -> None:
+    """What shapes, types and devices tell; what cu_seqlens holds is checked where it is read."""
+    if q.dim() != 4:
+        raise ValueError(f"q of shape {tuple(q.shape)}: must be [B, T, H, Dk]")
     if not q.dtype.is_floating_point:
         raise ValueError(f"q of type {q.dtype}: must be a floating type")
     batch, tokens, heads, dk = q.shape
+    rows = max(0, (tokens - spec.compress_block) // spec.compress_stride + 1)
+    if cu_seqlens is not None:
+        if batch != 1:
+            raise ValueError(f"cu_seqlens with B={batch}: packed documents take B = 1")
+        if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.dim() != 1:
+            raise ValueError(
+                f"cu_seqlens of type {cu_seqlens.dtype}, shape {tuple(cu_seqlens.shape)}: "
+                "must be int32 [documents + 1]"
+            )
+        rows = kv["k_cmp"].shape[1] if kv["k_cmp"].dim() == 4 else 0
     groups, dv = (*kv["v_slc"].shape, 0, 0, 0, 0)[2:4]
     if groups == 0 or heads % groups:
         raise ValueError(f"q with H={heads} heads: must be a multiple of the G={groups} KV heads of v_slc")
     for name, x in (*kv.items(), ("gates", gates)):
-        rows = packing.compressed // batch if name.endswith("cmp") else tokens
-        want = (batch, rows, groups, dk if name[0] == "k" else dv)
+        want = (batch, rows if name.endswith("cmp") else tokens, groups, dk if name[0] == "k" else dv)
         if name == "gates":
             want = (batch, tokens, heads, 3)
         if tuple(x.shape) != want:

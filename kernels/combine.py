@@ -19,9 +19,7 @@ def combine_forward(gates_SH3: Tensor, branches: list[Tensor]) -> Tensor:
     return (parts[0] + parts[1] + parts[2]).to(branches[0].dtype)
 
 
-def combine_backward(do: Tensor, gates_SH3: Tensor, branches: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """The gates' gradient [S, H, 3], and each branch's output's gradient [S, H, Dv]."""
-    work = torch.promote_types(do.dtype, torch.float32)
-    do, gates = do.to(work), gates_SH3.to(work)
-    d_gates = torch.stack([(do * o).sum(-1) for o in branches], dim=-1)
-    return d_gates, [gates[..., i, None] * do for i in range(3)]
+def row_deltas(do_SHD: Tensor, branches: list[Tensor]) -> Tensor:
+    """[S, H, branches]: the sum over a row of do times each branch's output: the gates' gradients."""
+    do = do_SHD.to(torch.promote_types(do_SHD.dtype, torch.float32))
+    return torch.stack([(do * o).sum(-1) for o in branches], dim=-1)

@@ -6,10 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nsa_dist.kernels.branch import group_queries
 from nsa_dist.kernels.packing import Ints, Packing
 from nsa_dist.kernels.select import select_blocks
 from nsa_dist.kernels.spec import NSASpec
-from nsa_dist.kernels.tiled import Ranges, group_keys, group_queries, make_ranges, query_breaks, tile_softmax, ungroup
+from nsa_dist.kernels.tiled import Ranges, group_keys, make_ranges, query_breaks, tile_softmax, ungroup
 
 
 @dataclass(frozen=True)

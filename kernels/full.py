@@ -12,14 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nsa_dist.kernels.tiled import Ranges, make_ranges, range_backward, range_forward
+from nsa_dist.kernels.branch import BranchGrad
+from nsa_dist.kernels.implementations import implementation
+from nsa_dist.kernels.tiled import Ranges, make_ranges
 
 
 def full_forward(q_MHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """Output [M, H, Dv] and log-sum-exp [M, H] (float32 or float64). `causal` needs M = N."""
     kind = _implementation(q_MHD)
     if kind == "tiled":
-        return range_forward(q_MHD, k_NGD, v_NGD, _ranges(q_MHD, k_NGD, causal), scale)
+        return implementation(q_MHD).range_forward(q_MHD, k_NGD, v_NGD, _ranges(q_MHD, k_NGD, causal), scale)
     heads, dv = q_MHD.shape[1], v_NGD.shape[2]
     q, k, v = _padded(q_MHD, k_NGD, v_NGD)
     if kind == "flash_attn":
@@ -53,7 +55,8 @@ def full_backward(
     kind = _implementation(q_MHD)
     if kind == "tiled":
         ranges = _ranges(q_MHD, k_NGD, causal)
-        return range_backward(do_MHD, q_MHD, k_NGD, v_NGD, o_MHD, lse_MH, ranges, scale)
+        branch = ungated(do_MHD, o_MHD, lse_MH)
+        return implementation(q_MHD).range_backward(branch, q_MHD, k_NGD, v_NGD, ranges, scale)
     (heads, dk), (groups, dv) = q_MHD.shape[1:], v_NGD.shape[1:]
     q, k, v, o, do = _padded(q_MHD, k_NGD, v_NGD, o_MHD, do_MHD.to(q_MHD.dtype))
     lse = lse_MH.T.contiguous()[None]
@@ -80,6 +83,12 @@ def full_backward(
     dq, d_k, d_v = (x[0].transpose(0, 1).to(lse.dtype) for x in grads)
     d_k, d_v = (x.reshape(x.shape[0], groups, heads // groups, -1).sum(2) for x in (d_k, d_v))
     return dq[..., :dk], d_k[..., :dk], d_v[..., :dv]
+
+
+def ungated(do_SHD: Tensor, o_SHD: Tensor, lse_SH: Tensor) -> BranchGrad:
+    """The one branch of attention without gates."""
+    delta = implementation(o_SHD).row_deltas(do_SHD, [o_SHD])[..., 0]
+    return BranchGrad(do_SHD, torch.ones_like(lse_SH), o_SHD, lse_SH, delta)
 
 
 @cache

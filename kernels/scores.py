@@ -7,19 +7,18 @@ memory in which a chunk's sums are shifted against each other has a size indepen
 
 from functools import cache
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_dist.kernels.compressed import CompressedView
 from nsa_dist.kernels.packing import overlap_weights
-from nsa_dist.kernels.ranged import load_rows, rows_contiguous
+from nsa_dist.kernels.ranged import rows_contiguous
 from nsa_dist.kernels.spec import NSASpec
-from nsa_dist.kernels.tiled import Ints, tile_bounds
+from nsa_dist.kernels.tile_ops import LOG2E, load_two, products
 from nsa_dist.kernels.tuning import check_launch, count_launch, pieces, precision, tuned
 
-LOG2E = tl.constexpr(1.4426950408889634)
 _CHUNK = 64  # blocks
 
 
@@ -45,10 +44,7 @@ def select_kernel(
         s_M = begin + column // RP
         here = (s_M < stop) & (column % RP < R)
         row = s_M.to(tl.int64) * heads + g * R + column % RP
-        q1 = load_rows(q_ptr, row * DK, here, DK, 0, DK1)
-        q2 = q1
-        if DK2 > 0:
-            q2 = load_rows(q_ptr, row * DK, here, DK, DK1, DK2)
+        q1, q2 = load_two(q_ptr, row * DK, here, DK, DK1, DK2)
         lse2 = tl.load(lse_ptr + row, mask=here, other=float("inf")) * LOG2E
         lse2 = tl.where(lse2 == float("-inf"), float("inf"), lse2)
         low = tl.load(lo_ptr + begin).to(tl.int32)  # of the document's first compressed token
@@ -67,11 +63,8 @@ def select_kernel(
                 if j0 * STRIDE + c0 < (blocks * STRIDE):
                     n = j0 * STRIDE + c0 + tl.arange(0, BN)
                     k_in = n < end
-                    k1 = load_rows(k_at, n.to(tl.int64) * k_row, k_in, DK, 0, DK1)
-                    s = tl.dot(k1, tl.trans(q1), input_precision=PREC)
-                    if DK2 > 0:
-                        k2 = load_rows(k_at, n.to(tl.int64) * k_row, k_in, DK, DK1, DK2)
-                        s = tl.dot(k2, tl.trans(q2), s, input_precision=PREC)
+                    k1, k2 = load_two(k_at, n.to(tl.int64) * k_row, k_in, DK, DK1, DK2)
+                    s = products(k1, k2, q1, q2, DK2, PREC)
                     p = tl.exp2(s * (scale * LOG2E) - lse2[None, :])
                     p = tl.where(n[:, None] < seen_M[None, :], p, 0.0)
                     u = tl.sum(tl.reshape(p, [BN, BT, RP]), 2)
@@ -110,22 +103,9 @@ def select_kernel(
 
 
 def select_blocks(
-    q_SHD: Tensor,
-    k_NGD: Tensor,
-    lse_SH: Tensor,
-    lo_S: Tensor,
-    hi_S: Tensor,
-    own_S: Tensor,
-    first_S: Tensor,
-    bounds: Tensor,
-    tile: int,
-    spec: NSASpec,
-    scale: float,
+    q_SHD: Tensor, k_NGD: Tensor, lse_SH: Tensor, view: CompressedView, spec: NSASpec, scale: float
 ) -> Tensor:
-    """[S, G, n] int32 block numbers, ascending, then -1: what `compressed.compressed_forward` returns.
-
-    `bounds [tiles, 2]`: queries of each tile of at most `tile`, each inside one document (`query_tiles`).
-    """
+    """[S, G, n] int32 block numbers, ascending, then -1: what `compressed.compressed_forward` returns."""
     q, k = q_SHD.contiguous(), rows_contiguous(k_NGD)
     check_launch(q, k)
     (s, h, dk), groups = q.shape, k.shape[1]
@@ -133,32 +113,30 @@ def select_blocks(
     if s == 0:
         return picks
     meta = tuned("scores", q, dk, dk)
+    # Queries of a tile: some 128 rows of a group's heads.
+    tile = max(1, min(32, (128 if q.is_cuda else 32) // triton.next_power_of_2(h // groups)))
+    bounds = view.ranges.tiles_on_device(tile)
     stride, before = spec.select_block // spec.compress_stride, spec.compress_block // spec.compress_stride - 1
     top = max(2, triton.next_power_of_2(spec.select_count))
     chunk = max(_CHUNK if q.is_cuda else 16, top)
     programs = min(len(bounds) * groups, _programs(q.device))
     scratch = q.new_empty(programs, tile, before + chunk * stride, dtype=torch.float32)
-    weights = torch.tensor(overlap_weights(spec), dtype=torch.float32, device=q.device)
+    weights = _weights(spec, q.device)
     count_launch("scores")
     select_kernel[(programs,)](
-        q, k, lse_SH, lo_S, hi_S, own_S, first_S, bounds, weights, scratch, picks,
+        q, k, lse_SH, view.ranges.lo_S, view.ranges.hi_S, view.own_S, view.first_S, bounds, weights, scratch, picks,
         len(bounds), h, groups, k.stride(0), k.stride(1), scale, spec.initial_blocks, spec.local_blocks,
         spec.select_count, R=h // groups, RP=triton.next_power_of_2(h // groups),
-        **{name: size for name, size in pieces(dk, dk).items() if name.startswith("DK")},
+        **pieces("K", dk),
         BT=tile, BN=meta["BN"], CB=chunk, STRIDE=stride, BEFORE=before, WEIGHTS=len(weights),
         HALO=triton.next_power_of_2(max(before, 1)), TOP=top, PREC=precision(q),
         num_warps=meta["num_warps"], num_stages=meta["num_stages"])  # fmt: skip
     return picks
 
 
-def query_tile(heads: int, groups: int, x: Tensor) -> int:
-    """Queries of a tile: some 128 rows of a group's heads."""
-    return max(1, min(32, (128 if x.is_cuda else 32) // triton.next_power_of_2(heads // groups)))
-
-
-def query_tiles(queries: int, breaks: Ints, tile: int, device: torch.device) -> Tensor:
-    """[tiles, 2]"""
-    return torch.from_numpy(tile_bounds(queries, np.asarray(breaks), tile)).to(device)
+@cache
+def _weights(spec: NSASpec, device: torch.device) -> Tensor:
+    return torch.tensor(overlap_weights(spec), dtype=torch.float32, device=device)
 
 
 @cache

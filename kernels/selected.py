@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nsa_dist.kernels.branch import BranchGrad, group_queries, work_dtype
 from nsa_dist.kernels.packing import Ints, Packing
-from nsa_dist.kernels.tiled import TILE, group_queries, group_rows, tile_backward, tile_forward, ungroup, work_dtype
+from nsa_dist.kernels.tiled import TILE, add_dq, tile_backward, tile_forward, ungroup
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class BlockIndex:
     begin_GB: Tensor
     end_GB: Tensor
     token_N: Tensor
+    longest: int  # rows of the longest block
 
 
 def block_index(packing: Packing, tokens: list[Ints], device: torch.device) -> BlockIndex:
@@ -32,7 +34,9 @@ def block_index(packing: Packing, tokens: list[Ints], device: torch.device) -> B
     begin = [b + np.searchsorted(t, packing.blk_start) for b, t in zip(base[:-1], tokens, strict=True)]
     end = [b + np.searchsorted(t, packing.blk_end) for b, t in zip(base[:-1], tokens, strict=True)]
     arrays = np.stack(begin), np.stack(end), np.concatenate(tokens)
-    return BlockIndex(*(torch.from_numpy(a).to(device) for a in arrays))
+    begin_GB, end_GB, token_N = (torch.from_numpy(a).to(device) for a in arrays)
+    longest = int((arrays[1] - arrays[0]).max(initial=0))
+    return BlockIndex(begin_GB, end_GB, token_N, longest)
 
 
 def head_rows(x_NGD: Tensor) -> Tensor:
@@ -67,25 +71,25 @@ def selected_forward(
 
 
 def selected_backward(
-    do_SHD: Tensor,
+    branch: BranchGrad,
     q_SHD: Tensor,
     k_ND: Tensor,
     v_ND: Tensor,
-    o_SHD: Tensor,
-    lse_SH: Tensor,
     picks_SGn: Tensor,
     token_S: Tensor,
     index: BlockIndex,
     scale: float,
+    dq_SHD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q [S, H, Dk] and of the buffer's rows [N, Dk], [N, Dv], in the working type.
+    """Gradients of q [S, H, Dk] (added in place to `dq_SHD` where given) and of the buffer's rows [N, Dk],
+    [N, Dv], in the working type.
 
-    `o`, `lse`: of the whole branch, merged over all buffers. Each tile adds to rows that it names once,
-    tiles follow one another: the sums have one order and need no atomics.
+    `branch`: its output and log-sum-exp are those of the whole branch, merged over all buffers. Each tile adds
+    to rows that it names once, tiles follow one another: the sums have one order and need no atomics.
     """
     groups = picks_SGn.shape[1]
     q, k, v = group_queries(q_SHD, groups), k_ND.to(work_dtype(k_ND)), v_ND.to(work_dtype(v_ND))
-    do, o, lse = group_queries(do_SHD, groups), group_queries(o_SHD, groups), group_rows(lse_SH, groups)
+    do, o, lse = branch.grouped(groups)
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for g, at in _tiles(groups, q.shape[1]):
         rows, mask = _rows(picks_SGn[at, g], token_S[at], index, g)
@@ -105,7 +109,7 @@ def selected_backward(
         dq[head, at] = parts[0]
         dk[rows] += parts[1][0]
         dv[rows] += parts[2][0]
-    return ungroup(dq), dk, dv
+    return add_dq(dq, dq_SHD), dk, dv
 
 
 def _tiles(groups: int, queries: int) -> list[tuple[int, slice]]:

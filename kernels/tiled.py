@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nsa_dist.kernels.branch import BranchGrad, group_queries, work_dtype
 from nsa_dist.kernels.packing import Ints, Packing
 
 TILE = 128  # queries of a tile
@@ -43,13 +44,20 @@ class Ranges:
 
         lo and hi never fall from one query to the next.
         """
-        if rows not in self._on_device:
+        if rows not in self._seen_by:
             begin, end = self._seen
             parts = np.full(rows, len(self.lo)), np.zeros(rows, np.int64)
             parts[0][: len(begin)], parts[1][: len(end)] = begin[:rows], end[:rows]
             first, last = (torch.from_numpy(x).to(self.lo_S.device) for x in parts)
-            self._on_device[rows] = first, last
-        return self._on_device[rows]
+            self._seen_by[rows] = first, last
+        return self._seen_by[rows]
+
+    def tiles_on_device(self, tile: int) -> Tensor:
+        """`bounds` cut into tiles of at most `tile` queries, [tiles, 2], on the device."""
+        if tile not in self._tiles:
+            bounds = tile_bounds(len(self.lo), self.bounds[:, 0], tile)
+            self._tiles[tile] = torch.from_numpy(bounds).to(self.lo_S.device)
+        return self._tiles[tile]
 
     @cached_property
     def _seen(self) -> tuple[Ints, Ints]:
@@ -57,7 +65,11 @@ class Ranges:
         return np.searchsorted(self.hi, rows, side="right"), np.searchsorted(self.lo, rows, side="right")
 
     @cached_property
-    def _on_device(self) -> dict[int, tuple[Tensor, Tensor]]:
+    def _seen_by(self) -> dict[int, tuple[Tensor, Tensor]]:
+        return {}
+
+    @cached_property
+    def _tiles(self) -> dict[int, Tensor]:
         return {}
 
     def tiles(self) -> Iterator[tuple[slice, slice, Tensor | None]]:
@@ -102,17 +114,6 @@ def tile_bounds(queries: int, breaks: Ints, tile: int = TILE) -> Ints:
     first = np.concatenate(starts) if starts else np.zeros(0, np.int64)
     end = np.append(first[1:], queries)[: len(first)]
     return np.stack([first, end], axis=1).astype(np.int64)
-
-
-def work_dtype(x: Tensor) -> torch.dtype:
-    """The inputs' type, at least float32."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def group_queries(q_SHD: Tensor, groups: int) -> Tensor:
-    """[S, H, D] to [G, S, R, D] in the working type."""
-    s, h, d = q_SHD.shape
-    return q_SHD.to(work_dtype(q_SHD)).view(s, groups, h // groups, d).transpose(0, 1)
 
 
 def group_keys(k_NGD: Tensor) -> Tensor:
@@ -239,19 +240,18 @@ def range_forward(q_SHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, ranges: Ranges, s
 
 
 def range_backward(
-    do_SHD: Tensor,
+    branch: BranchGrad,
     q_SHD: Tensor,
     k_NGD: Tensor,
     v_NGD: Tensor,
-    o_SHD: Tensor,
-    lse_SH: Tensor,
     ranges: Ranges,
     scale: float,
+    dq_SHD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v of `range_forward`, in the working type (at least float32)."""
+    """Gradients of q (added in place to `dq_SHD` where given), k, v, in the working type (at least float32)."""
     groups = k_NGD.shape[1]
     q, k, v = group_queries(q_SHD, groups), group_keys(k_NGD), group_keys(v_NGD)
-    do, o, lse = group_queries(do_SHD, groups), group_queries(o_SHD, groups), group_rows(lse_SH, groups)
+    do, o, lse = branch.grouped(groups)
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for at, rows, mask in ranges.tiles():
         if rows.start == rows.stop:
@@ -260,12 +260,12 @@ def range_backward(
         dq[:, at] = parts[0]
         dk[:, rows] += parts[1]
         dv[:, rows] += parts[2]
-    return ungroup(dq), dk.transpose(0, 1), dv.transpose(0, 1)
+    return add_dq(dq, dq_SHD), dk.transpose(0, 1), dv.transpose(0, 1)
 
 
-def group_rows(x_SH: Tensor, groups: int) -> Tensor:
-    """[S, H] to [G, S, R]."""
-    return x_SH.view(len(x_SH), groups, x_SH.shape[1] // groups).transpose(0, 1)
+def add_dq(dq_GSRD: Tensor, dq_SHD: Tensor | None) -> Tensor:
+    dq = ungroup(dq_GSRD)
+    return dq if dq_SHD is None else dq_SHD.add_(dq)
 
 
 def ungroup(x_GSR: Tensor) -> Tensor:

@@ -18,11 +18,6 @@ def interpreted() -> bool:
     return bool(knobs.runtime.interpret)
 
 
-def supported(x: Tensor) -> bool:
-    """Whether the Triton kernels compute tensors of this device and type."""
-    return x.dtype in DTYPES and (x.device.type == "cuda" or (x.device.type == "cpu" and interpreted()))
-
-
 def count_launch(name: str) -> None:
     launches[name] = launches.get(name, 0) + 1
 
@@ -36,16 +31,16 @@ def check_launch(*xs: Tensor) -> None:
             raise ValueError(f"head size {x.shape[-1]}: the Triton kernels take 16 to 256, a multiple of 8")
 
 
-def pieces(dk: int, dv: int) -> dict[str, int]:
-    """Head sizes as two powers of two each, the second 0 where one is enough: 192 = 128 + 64."""
-    return {f"D{name}{i}": x for name, size in (("K", dk), ("V", dv)) for i, x in _pieces(size).items()}
-
-
 @cache
-def _pieces(size: int) -> dict[str, int]:
+def pieces(name: str, size: int) -> dict[str, int]:
+    """A head size as two powers of two, the second 0 where one is enough: 192 = 128 + 64."""
     first = 1 << (size.bit_length() - 1)
     rest = size - first
-    return {"": size, "1": first, "2": max(16, 1 << (rest - 1).bit_length()) if rest else 0}
+    return {f"D{name}": size, f"D{name}1": first, f"D{name}2": max(16, 1 << (rest - 1).bit_length()) if rest else 0}
+
+
+def head_sizes(dk: int, dv: int) -> dict[str, int]:
+    return pieces("K", dk) | pieces("V", dv)
 
 
 def precision(x: Tensor) -> str:
@@ -75,8 +70,8 @@ _TABLE = {
     ("sm_90", "range_dq"): ((128, 64, 8, 2), (128, 64, 8, 2)),
     ("sm_90", "range_dkv"): ((32, 128, 8, 2), (32, 128, 8, 2)),
     ("sm_90", "scores"): ((128, 64, 4, 2), (128, 64, 4, 2)),
-    ("sm_90", "selected_forward"): ((128, 64, 8, 2), (128, 64, 8, 2)),
-    ("sm_90", "selected_backward"): ((64, 64, 8, 2), (64, 64, 8, 2)),
+    ("sm_90", "block_forward"): ((128, 64, 8, 2), (128, 64, 8, 2)),
+    ("sm_90", "block_backward"): ((64, 64, 8, 2), (64, 64, 8, 2)),
 }
 _AMD = ((64, 32, 4, 1), (64, 32, 4, 1))
 _NVIDIA = ((64, 64, 4, 2), (64, 32, 8, 2))

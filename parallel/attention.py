@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nsa_dist.kernels.combine import combine_backward, combine_forward, merge
-from nsa_dist.kernels.compressed import compressed_forward
-from nsa_dist.kernels.selected import BlockIndex, block_index, head_rows, selected_backward, selected_forward
-from nsa_dist.kernels.tiled import range_backward, range_forward
+from nsa_dist.kernels.attention import gated_branches
+from nsa_dist.kernels.branch import BranchGrad
+from nsa_dist.kernels.combine import merge
+from nsa_dist.kernels.full import ungated
+from nsa_dist.kernels.implementations import implementation
+from nsa_dist.kernels.selected import BlockIndex, block_index, head_rows
 from nsa_dist.parallel.exchange import Pending, add_returned, all_gather, return_rows, send_rows
 from nsa_dist.parallel.operator import Operation
 from nsa_dist.parallel.plan import BlockPlan, Bools, block_plan, dense_pieces, piece_rounds, selected_pieces
@@ -34,83 +36,83 @@ class NSAExchange(Operation):
 
     def forward(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = inputs
-        seq, scale = self.sequence, self.scale
+        seq, scale, local = self.sequence, self.scale, implementation(q)
         sent_cmp = seq.compressed.start(pack(k_cmp, v_cmp))
         sent_win = seq.window_halo.start(pack(k_win, v_win))
 
         got_win = sent_win.wait()
         window = unpack(seq.window_halo.buffer(pack(k_win, v_win), got_win), k_win, v_win)
-        o_win, lse_win = range_forward(q, *window, seq.window_view, scale)
+        o_win, lse_win = local.range_forward(q, *window, seq.window_view, scale)
 
         got_cmp = sent_cmp.wait()
         compressed = unpack(seq.compressed.buffer(pack(k_cmp, v_cmp), got_cmp), k_cmp, v_cmp)
-        o_cmp, lse_cmp, picks = compressed_forward(q, *compressed, seq.compressed_view, seq.packing.spec, scale)
+        o_cmp, lse_cmp, picks = local.compressed_forward(q, *compressed, seq.compressed_view, seq.packing.spec, scale)
 
         sent_bits = self._start_bitmaps(picks)
         rows = head_rows(k_slc), head_rows(v_slc)
-        local = seq.local_blocks(k_slc.shape[1])
-        o_slc, lse_slc = selected_forward(q, *rows, picks, seq.token_S, local, scale)
+        own = seq.local_blocks(k_slc.shape[1])
+        o_slc, lse_slc = local.selected_forward(q, *rows, picks, seq.token_S, own, scale)
         bits = sent_bits.wait().cpu()
         rounds = self._rounds(bits, k_slc, v_slc)
         for fetch in rounds:
             fetched = fetch.start(k_slc, v_slc, "selected", "forward").wait()
-            part = selected_forward(q, *fetch.rows(fetched, k_slc.shape[2]), picks, seq.token_S, fetch.index, scale)
+            buffer = fetch.rows(fetched, k_slc.shape[2])
+            part = local.selected_forward(q, *buffer, picks, seq.token_S, fetch.index, scale)
             o_slc, lse_slc = merge(o_slc, lse_slc, *part)
         kept = fetched if len(rounds) == 1 else q.new_empty(0)
 
-        out = combine_forward(gates, [o_cmp, o_slc, o_win])
+        out = local.combine_forward(gates, [o_cmp, o_slc, o_win])
         return [out, o_cmp, o_slc, o_win, lse_cmp, lse_slc, lse_win, picks, bits, got_cmp, got_win, kept]
 
     def backward(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
         q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = inputs
         _, o_cmp, o_slc, o_win, lse_cmp, lse_slc, lse_win, picks, bits, got_cmp, got_win, kept = outputs
-        seq, scale = self.sequence, self.scale
-        d_gates, (do_cmp, do_slc, do_win) = combine_backward(grad, gates, [o_cmp, o_slc, o_win])
+        seq, scale, local = self.sequence, self.scale, implementation(q)
+        outs, lses = [o_cmp, o_slc, o_win], [lse_cmp, lse_slc, lse_win]
+        d_gates, (cmp, slc, win) = gated_branches(local, grad, gates, outs, lses)
 
         compressed = unpack(seq.compressed.buffer(pack(k_cmp, v_cmp), got_cmp), k_cmp, v_cmp)
         view = seq.compressed_view.ranges
-        dq_cmp, *d_cmp = range_backward(do_cmp, q, *compressed, o_cmp, lse_cmp, view, scale)
+        dq, *d_cmp = local.range_backward(cmp, q, *compressed, view, scale)
         own_cmp, sent_cmp = seq.compressed.start_return(pack(*d_cmp))
 
         window = unpack(seq.window_halo.buffer(pack(k_win, v_win), got_win), k_win, v_win)
-        dq_win, *d_win = range_backward(do_win, q, *window, o_win, lse_win, seq.window_view, scale)
+        dq, *d_win = local.range_backward(win, q, *window, seq.window_view, scale, dq)
         own_win, sent_win = seq.window_halo.start_return(pack(*d_win))
 
         # What others computed for our rows comes back while we do our own part.
-        dq_slc, own_slc, returned = self._selected_backward(do_slc, inputs, o_slc, lse_slc, picks, bits, kept)
+        own_slc, returned = self._selected_backward(slc, inputs, picks, bits, kept, dq)
         home_cmp = unpack(seq.compressed.finish(own_cmp, sent_cmp), k_cmp, v_cmp)
         home_win = unpack(seq.window_halo.finish(own_win, sent_win), k_win, v_win)
         for fetch, pending in returned:
             add_returned(seq.axis, own_slc.flatten(0, 1), pending.wait(), fetch.plan.rows)
         home_slc = own_slc.split([k_slc.shape[2], v_slc.shape[2]], dim=-1)
-        return [dq_cmp + dq_win + dq_slc, *home_cmp, *home_slc, *home_win, d_gates]
+        return [dq, *home_cmp, *home_slc, *home_win, d_gates]
 
     def _selected_backward(
         self,
-        do: Tensor,
+        branch: BranchGrad,
         inputs: Sequence[Tensor],
-        o: Tensor,
-        lse: Tensor,
         picks: Tensor,
         bits: Tensor,
         kept: Tensor,
-    ) -> tuple[Tensor, Tensor, list[tuple["Fetch", Pending]]]:
-        """dq [S, H, Dk], the own part of dk and dv [S, G, Dk + Dv], and the gradients on their way home."""
+        dq: Tensor,
+    ) -> tuple[Tensor, list[tuple["Fetch", Pending]]]:
+        """Adds to dq; the own part of dk and dv [S, G, Dk + Dv], and the gradients on their way home."""
         q, k, v = inputs[0], *inputs[3:5]
-        seq, groups = self.sequence, k.shape[1]
+        seq, groups, local = self.sequence, k.shape[1], implementation(q)
         rows = head_rows(k), head_rows(v)
         rounds = self._rounds(bits, k, v)
-        parts, returned = [], []
+        returned = []
         for fetch in rounds:
             fetched = kept if len(rounds) == 1 else fetch.start(k, v, "refetch", "backward").wait()
             buffer = fetch.rows(fetched, k.shape[2])
-            dq, *d_rows = selected_backward(do, q, *buffer, o, lse, picks, seq.token_S, fetch.index, self.scale)
-            parts.append(dq)
+            _, *d_rows = local.selected_backward(branch, q, *buffer, picks, seq.token_S, fetch.index, self.scale, dq)
             returned.append((fetch, fetch.start_return(*d_rows)))
-        local = seq.local_blocks(groups)
-        dq, *d_rows = selected_backward(do, q, *rows, o, lse, picks, seq.token_S, local, self.scale)
+        index = seq.local_blocks(groups)
+        _, *d_rows = local.selected_backward(branch, q, *rows, picks, seq.token_S, index, self.scale, dq)
         own = torch.cat(d_rows, dim=-1).view(groups, len(k), k.shape[2] + v.shape[2]).transpose(0, 1).contiguous()
-        return sum(parts, dq), own, returned
+        return own, returned
 
     def _start_bitmaps(self, picks: Tensor) -> Pending:
         """Starts gathering [P, G, ceil(NB / 8)] bits (numpy's order): which blocks a rank's queries selected."""
@@ -146,13 +148,14 @@ class WindowExchange(Operation):
         gather = self.sequence.window_halo
         got = gather.start(pack(k, v)).wait()
         buffer = unpack(gather.buffer(pack(k, v), got), k, v)
-        return [*range_forward(q, *buffer, self.sequence.window_view, self.scale), got]
+        return [*implementation(q).range_forward(q, *buffer, self.sequence.window_view, self.scale), got]
 
     def backward(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
         (q, k, v), (o, lse, got) = inputs, outputs
         gather = self.sequence.window_halo
         buffer = unpack(gather.buffer(pack(k, v), got), k, v)
-        dq, *d_kv = range_backward(grad, q, *buffer, o, lse, self.sequence.window_view, self.scale)
+        branch = ungated(grad, o, lse)
+        dq, *d_kv = implementation(q).range_backward(branch, q, *buffer, self.sequence.window_view, self.scale)
         return [dq, *unpack(gather.finish(*gather.start_return(pack(*d_kv))), k, v)]
 
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from nsa_dist.kernels import NSASpec, ranged, tiled, tuning
+from nsa_dist.kernels import NSASpec, gating, ranged, tiled, tuning
+from nsa_dist.kernels.branch import BranchGrad
 from nsa_dist.kernels.packing import Packing
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available() and not tuning.interpreted(), reason="no interpreter")
@@ -36,14 +37,15 @@ def test_agrees_with_tiles(branch: str, cu: list[int], heads: int, groups: int, 
     gate = torch.rand(len(tokens), heads, generator=generator).to(DEVICE)
     scale = dk**-0.5
     want_o, want_lse = tiled.range_forward(q, k, v, ranges, scale)
-    want = tiled.range_backward(do * gate[..., None], q, k, v, want_o, want_lse, ranges, scale)
+    delta = gating.row_deltas(do, [want_o])[..., 0]
+    branch = BranchGrad(do, gate, want_o, want_lse, delta)
+    want = tiled.range_backward(branch, q, k, v, ranges, scale)
     o, lse = ranged.range_forward(q, k, v, ranges, scale)
-    delta = ranged.row_delta(do, o)
-    found = ranged.range_backward(do, q, k, v, lse, delta, gate, ranges, scale)
+    found = ranged.range_backward(branch, q, k, v, ranges, scale)
     torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=1e-5)
     for a, b in zip((o, *found), (want_o, *want), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    added = ranged.range_backward(do, q, k, v, lse, delta, gate, ranges, scale, found[0].clone())[0]
+    added = ranged.range_backward(branch, q, k, v, ranges, scale, found[0].clone())[0]
     torch.testing.assert_close(added, 2 * want[0], rtol=1e-4, atol=2e-5)
 
 

@@ -8,7 +8,6 @@ from nsa_dist.kernels import NSASpec, ranged, scores, tuning
 from nsa_dist.kernels.compressed import compressed_view
 from nsa_dist.kernels.packing import Packing
 from nsa_dist.kernels.reference import reference_selection
-from nsa_dist.kernels.tiled import query_breaks
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available() and not tuning.interpreted(), reason="no interpreter")
 
@@ -36,10 +35,5 @@ def test_selects_the_same_blocks(cu: list[int], heads: int, groups: int, dk: int
     view = compressed_view(packing, tokens, np.arange(packing.compressed), DEVICE)
     wanted = reference_selection(q.double(), k.double(), spec, packing, dk**-0.5)
     _, lse = ranged.range_forward(q, k, k, view.ranges, dk**-0.5)
-    tile = scores.query_tile(heads, groups, q)
-    bounds = scores.query_tiles(len(tokens), query_breaks(packing, tokens), tile, DEVICE)
-    ranges = view.ranges
-    found = scores.select_blocks(
-        q, k, lse, ranges.lo_S, ranges.hi_S, view.own_S, view.first_S, bounds, tile, spec, dk**-0.5
-    )
+    found = scores.select_blocks(q, k, lse, view, spec, dk**-0.5)
     assert torch.equal(found.long(), wanted)

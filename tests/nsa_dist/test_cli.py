@@ -158,6 +158,8 @@ def test_a_failure_is_told_and_written_down(
 def test_a_signal_ends_the_run(recipe: Path, tmp_path: Path, number: signal.Signals, status: int, times: int) -> None:
     """The first after a step, with a checkpoint; two together at once."""
     words = ["train", str(recipe), f"run.dir={tmp_path}/run", "train.steps=100000"]
+    if times == 2:  # a step so long that both come in one
+        words += ["data.seq_len=16384"]
     run = subprocess.Popen(
         [sys.executable, "-m", "nsa_dist", *words],
         stdout=subprocess.PIPE,

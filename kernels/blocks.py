@@ -1,0 +1,418 @@
+"""Triton: selected attention, block by block, forward and backward.
+
+Query by query each token would read 16 blocks of keys and values for 16 rows of queries: bound by L2. Here a
+program holds one block and goes over the queries that picked it: a pick costs a row of q and a partial output.
+The picks are sorted, stably, by (chunk of queries, KV head, block), 4 bytes a pick; a block that many picked is
+cut into work items of equal size. A second kernel adds a query's partial results in the order of its picks, a
+third those of a block that was cut: no atomics, one order. A chunk bounds the memory of the partial results.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa_dist.kernels.branch import BranchGrad
+from nsa_dist.kernels.ranged import rows_contiguous
+from nsa_dist.kernels.selected import BlockIndex
+from nsa_dist.kernels.tile_ops import (
+    LOG2E,
+    add_products,
+    load_two,
+    products,
+    softmax_end,
+    softmax_step,
+    store_two,
+    zeros_two,
+)
+from nsa_dist.kernels.tuning import check_launch, count_launch, head_sizes, pieces, precision, tuned
+
+_ITEM_ROWS = 1024  # queries times heads of a work item
+_CHUNK_BYTES = 3 << 29  # of partial results
+
+
+@triton.jit
+def _item(item_start_ptr, segment_ptr, start_ptr, chunk, segments, WIDTH: tl.constexpr):
+    """This program's item: its (KV head, block), its picks [at, stop), and which of how many parts it is."""
+    item = tl.load(item_start_ptr + chunk * segments) + tl.program_id(0)
+    here = item < tl.load(item_start_ptr + (chunk + 1) * segments)
+    segment = tl.load(segment_ptr + item, mask=here, other=0)
+    first = tl.load(item_start_ptr + segment)
+    part, parts = item - first, tl.load(item_start_ptr + segment + 1) - first
+    at = tl.load(start_ptr + segment) + part * WIDTH
+    stop = tl.minimum(at + WIDTH, tl.load(start_ptr + segment + 1))
+    return here, segment, part, parts, at, tl.where(here, stop, at)
+
+
+@triton.jit
+def _picked_rows(
+    order_ptr, token_ptr, at, stop, first_query, groups, count, heads, g,
+    R: tl.constexpr, RP: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """BM // RP picks with the R heads of each: rows of q, rows of the partial results, the queries' tokens."""
+    head = tl.arange(0, BM) % RP
+    i = at + tl.arange(0, BM) // RP
+    here = (i < stop) & (head < R)
+    pick = tl.load(order_ptr + i, mask=here, other=0)
+    s = pick // (groups * count)
+    row = s.to(tl.int64) * heads + g * R + head
+    partial = (pick - first_query * groups * count).to(tl.int64) * R + head
+    token = tl.load(token_ptr + s, mask=here, other=-1).to(tl.int32)
+    return here, row, partial, token
+
+
+@triton.jit
+def block_forward_kernel(
+    q_ptr, k_ptr, v_ptr, token_q_ptr, token_k_ptr, begin_ptr, end_ptr, order_ptr, start_ptr, item_start_ptr,
+    segment_ptr, part_o_ptr, part_lse_ptr, chunk, first_query, segments, blocks, groups, count, heads, k_row, v_row,
+    scale,
+    R: tl.constexpr, RP: tl.constexpr, DK: tl.constexpr, DK1: tl.constexpr, DK2: tl.constexpr,
+    DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    ONCE: tl.constexpr, WIDTH: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """ONCE: no block is longer than BN, so that its keys are loaded once."""
+    _, segment, _, _, first, stop = _item(item_start_ptr, segment_ptr, start_ptr, chunk, segments, WIDTH)
+    which = segment % segments
+    g = which // blocks
+    begin, end = tl.load(begin_ptr + which).to(tl.int32), tl.load(end_ptr + which).to(tl.int32)
+    if ONCE:
+        n = begin + tl.arange(0, BN)
+        k1, k2 = load_two(k_ptr, n.to(tl.int64) * k_row, n < end, DK, DK1, DK2)
+        v1, v2 = load_two(v_ptr, n.to(tl.int64) * v_row, n < end, DV, DV1, DV2)
+        token_N = tl.load(token_k_ptr + n, mask=n < end, other=2147483647).to(tl.int32)
+    for at in range(first, stop, BM // RP):
+        here, row, partial, token_M = _picked_rows(
+            order_ptr, token_q_ptr, at, stop, first_query, groups, count, heads, g, R, RP, BM
+        )
+        q1, q2 = load_two(q_ptr, row * DK, here, DK, DK1, DK2)
+        o1, o2 = zeros_two(BM, DV1, DV2)
+        top = tl.full([BM], float("-inf"), tl.float32)
+        total = tl.zeros([BM], tl.float32)
+        if ONCE:
+            s = products(q1, q2, k1, k2, DK2, PREC) * (scale * LOG2E)
+            s = tl.where(token_N[None, :] <= token_M[:, None], s, float("-inf"))
+            o1, o2, top, total = softmax_step(s, v1, v2, o1, o2, top, total, True, DV2, PREC)
+        else:
+            for n0 in range(begin, end, BN):
+                n = n0 + tl.arange(0, BN)
+                k1, k2 = load_two(k_ptr, n.to(tl.int64) * k_row, n < end, DK, DK1, DK2)
+                v1, v2 = load_two(v_ptr, n.to(tl.int64) * v_row, n < end, DV, DV1, DV2)
+                token_N = tl.load(token_k_ptr + n, mask=n < end, other=2147483647).to(tl.int32)
+                s = products(q1, q2, k1, k2, DK2, PREC) * (scale * LOG2E)
+                s = tl.where(token_N[None, :] <= token_M[:, None], s, float("-inf"))
+                o1, o2, top, total = softmax_step(s, v1, v2, o1, o2, top, total, True, DV2, PREC)
+        o1, o2, lse = softmax_end(o1, o2, top, total)
+        tl.store(part_lse_ptr + partial, lse, mask=here)
+        store_two(part_o_ptr, partial * DV, here, o1, o2, DV, DV1, DV2)
+
+
+@triton.jit
+def _slot_rows(first_query, queries, heads, groups, count, g, R: tl.constexpr, BM: tl.constexpr):
+    """A tile of a chunk's queries: rows of q, first pick, row of the first pick's partial result."""
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    s = m // R
+    here = s < queries
+    row = (first_query + s).to(tl.int64) * heads + g * R + m % R
+    pick = (s.to(tl.int64) * groups + g) * count
+    return here, row, pick + first_query.to(tl.int64) * groups * count, pick * R + m % R
+
+
+@triton.jit
+def _held(picks_ptr, begin_ptr, end_ptr, at, here, blocks, g):
+    """Where a pick is a block of which the buffer has rows."""
+    block = tl.load(picks_ptr + at, mask=here, other=-1)
+    here &= block >= 0
+    begin = tl.load(begin_ptr + g * blocks + block, mask=here, other=0)
+    return here & (tl.load(end_ptr + g * blocks + block, mask=here, other=0) > begin)
+
+
+@triton.jit
+def merge_kernel(
+    part_o_ptr, part_lse_ptr, picks_ptr, begin_ptr, end_ptr, o_ptr, lse_ptr, first_query, queries, heads, groups,
+    blocks, count,
+    R: tl.constexpr, DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """A query's output from those over its blocks, in the order of its picks."""
+    g = tl.program_id(1)
+    here, row, pick, partial = _slot_rows(first_query, queries, heads, groups, count, g, R, BM)
+    o1, o2 = zeros_two(BM, DV1, DV2)
+    top = tl.full([BM], float("-inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    for slot in range(count):
+        held = _held(picks_ptr, begin_ptr, end_ptr, pick + slot, here, blocks, g)
+        lse2 = tl.load(part_lse_ptr + partial + slot * R, mask=held, other=float("-inf")) * LOG2E
+        above = tl.maximum(top, lse2)
+        safe = tl.where(above == float("-inf"), 0.0, above)
+        shrink, weight = tl.exp2(top - safe), tl.exp2(lse2 - safe)
+        total = total * shrink + weight
+        x1, x2 = load_two(part_o_ptr, (partial + slot * R) * DV, held, DV, DV1, DV2)
+        o1 = o1 * shrink[:, None] + x1.to(tl.float32) * weight[:, None]
+        if DV2 > 0:
+            o2 = o2 * shrink[:, None] + x2.to(tl.float32) * weight[:, None]
+        top = above
+    o1, o2, lse = softmax_end(o1, o2, top, total)
+    tl.store(lse_ptr + row, lse, mask=here)
+    store_two(o_ptr, row * DV, here, o1, o2, DV, DV1, DV2)
+
+
+@triton.jit
+def block_backward_kernel(
+    do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, gate_ptr, token_q_ptr, token_k_ptr, begin_ptr, end_ptr,
+    order_ptr, start_ptr, item_start_ptr, split_start_ptr, segment_ptr, part_dq_ptr, part_dk_ptr, part_dv_ptr,
+    dk_ptr, dv_ptr, chunk, first_query, segments, blocks, groups, count, heads, longest, gate_step, delta_step,
+    k_row, v_row, scale,
+    R: tl.constexpr, RP: tl.constexpr, DK: tl.constexpr, DK1: tl.constexpr, DK2: tl.constexpr,
+    DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    WIDTH: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of the item's block, added where the item is the whole segment, else left as a partial sum;
+    dq of each pick. S^T = K Q^T, dQ^T = K^T dS^T."""
+    here_item, segment, part, parts, first, stop = _item(
+        item_start_ptr, segment_ptr, start_ptr, chunk, segments, WIDTH
+    )
+    which = segment % segments
+    g = which // blocks
+    begin, end = tl.load(begin_ptr + which).to(tl.int32), tl.load(end_ptr + which).to(tl.int32)
+    end = tl.where(here_item, end, begin)
+    split = tl.load(split_start_ptr + segment) - tl.load(split_start_ptr + chunk * segments) + part
+    for n0 in range(begin, end, BN):
+        n = n0 + tl.arange(0, BN)
+        n_here = n < end
+        k1, k2 = load_two(k_ptr, n.to(tl.int64) * k_row, n_here, DK, DK1, DK2)
+        v1, v2 = load_two(v_ptr, n.to(tl.int64) * v_row, n_here, DV, DV1, DV2)
+        token_N = tl.load(token_k_ptr + n, mask=n_here, other=2147483647).to(tl.int32)
+        dk1, dk2 = zeros_two(BN, DK1, DK2)
+        dv1, dv2 = zeros_two(BN, DV1, DV2)
+        for at in range(first, stop, BM // RP):
+            here, row, partial, token_M = _picked_rows(
+                order_ptr, token_q_ptr, at, stop, first_query, groups, count, heads, g, R, RP, BM
+            )
+            q1, q2 = load_two(q_ptr, row * DK, here, DK, DK1, DK2)
+            do1, do2 = load_two(do_ptr, row * DV, here, DV, DV1, DV2)
+            lse2 = tl.load(lse_ptr + row, mask=here, other=0.0) * LOG2E
+            delta = tl.load(delta_ptr + row * delta_step, mask=here, other=0.0).to(tl.float32)
+            gate = tl.load(gate_ptr + row * gate_step, mask=here, other=0.0).to(tl.float32)
+            p = tl.exp2(products(k1, k2, q1, q2, DK2, PREC) * (scale * LOG2E) - lse2[None, :])
+            p = tl.where(token_N[:, None] <= token_M[None, :], p, 0.0) * gate[None, :]
+            ds = p * (products(v1, v2, do1, do2, DV2, PREC) - delta[None, :])
+            dv1, dv2 = add_products(p, do1, do2, dv1, dv2, DV2, PREC)
+            dk1, dk2 = add_products(ds, q1, q2, dk1, dk2, DK2, PREC)
+            ds = (ds * scale).to(k1.dtype)
+            to = part_dq_ptr + partial[None, :] * DK
+            for piece in tl.static_range(2):
+                if piece == 0:
+                    d = tl.arange(0, DK1)
+                    dq = tl.dot(tl.trans(k1), ds, input_precision=PREC)
+                    mask = here[None, :] & (d < DK)[:, None]
+                    if n0 > begin:
+                        dq += tl.load(to + d[:, None], mask=mask, other=0.0).to(tl.float32)
+                    tl.store(to + d[:, None], dq.to(part_dq_ptr.dtype.element_ty), mask=mask)
+                if piece == 1 and DK2 > 0:
+                    d = DK1 + tl.arange(0, DK2)
+                    dq = tl.dot(tl.trans(k2), ds, input_precision=PREC)
+                    mask = here[None, :] & (d < DK)[:, None]
+                    if n0 > begin:
+                        dq += tl.load(to + d[:, None], mask=mask, other=0.0).to(tl.float32)
+                    tl.store(to + d[:, None], dq.to(part_dq_ptr.dtype.element_ty), mask=mask)
+        if parts == 1:
+            store_two(dk_ptr, n.to(tl.int64) * DK, n_here, dk1 * scale, dk2 * scale, DK, DK1, DK2, True)
+            store_two(dv_ptr, n.to(tl.int64) * DV, n_here, dv1, dv2, DV, DV1, DV2, True)
+        else:
+            to_N = split.to(tl.int64) * longest + n - begin
+            store_two(part_dk_ptr, to_N * DK, n_here, dk1 * scale, dk2 * scale, DK, DK1, DK2)
+            store_two(part_dv_ptr, to_N * DV, n_here, dv1, dv2, DV, DV1, DV2)
+        tl.debug_barrier()  # the next rows of a long block add to the dq that these wrote
+
+
+@triton.jit
+def add_parts_kernel(
+    part_ptr, begin_ptr, end_ptr, item_start_ptr, split_start_ptr, d_ptr, chunk, segments, longest,
+    D: tl.constexpr, WIDTH: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Adds a block's partial sums, in order, to its gradient."""
+    which = tl.program_id(0)
+    segment = chunk * segments + which
+    parts = tl.load(item_start_ptr + segment + 1) - tl.load(item_start_ptr + segment)
+    if parts > 1:
+        split = tl.load(split_start_ptr + segment) - tl.load(split_start_ptr + chunk * segments)
+        begin, end = tl.load(begin_ptr + which), tl.load(end_ptr + which)
+        n = begin + tl.program_id(1) * BN + tl.arange(0, BN)
+        d = tl.arange(0, WIDTH)
+        mask = (n < end)[:, None] & (d < D)[None, :]
+        total = tl.load(d_ptr + n[:, None] * D + d[None, :], mask=mask, other=0.0)
+        for part in range(parts):
+            at = (split + part).to(tl.int64) * longest + n - begin
+            total += tl.load(part_ptr + at[:, None] * D + d[None, :], mask=mask, other=0.0)
+        tl.store(d_ptr + n[:, None] * D + d[None, :], total, mask=mask)
+
+
+@triton.jit
+def sum_dq_kernel(
+    part_dq_ptr, picks_ptr, begin_ptr, end_ptr, dq_ptr, first_query, queries, heads, groups, blocks, count,
+    R: tl.constexpr, DK: tl.constexpr, DK1: tl.constexpr, DK2: tl.constexpr, BM: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    g = tl.program_id(1)
+    here, row, pick, partial = _slot_rows(first_query, queries, heads, groups, count, g, R, BM)
+    dq1, dq2 = zeros_two(BM, DK1, DK2)
+    for slot in range(count):
+        held = _held(picks_ptr, begin_ptr, end_ptr, pick + slot, here, blocks, g)
+        x1, x2 = load_two(part_dq_ptr, (partial + slot * R) * DK, held, DK, DK1, DK2)
+        dq1 += x1.to(tl.float32)
+        if DK2 > 0:
+            dq2 += x2.to(tl.float32)
+    store_two(dq_ptr, row * DK, here, dq1, dq2, DK, DK1, DK2, ADD)
+
+
+@dataclass(frozen=True)
+class Work:
+    """The picks in the order in which they are computed.
+
+    A segment is a chunk's queries that picked one block of one KV head; segments are numbered by chunk, KV head,
+    block. `order [picks]` numbers of picks, by segment; `start [segments + 1]` of each segment in it;
+    `item_start` the same in work items, of which a segment has one for each `width` picks; `split_start` in
+    work items of segments that have more than one; `segment [items]` of each item; all int32, on the device.
+    """
+
+    order: Tensor
+    start: Tensor
+    item_start: Tensor
+    split_start: Tensor
+    segment: Tensor
+    chunk: int  # queries of a chunk
+    width: int
+    items: int  # of a chunk, at most
+    splits: int
+
+
+def make_work(picks_SGn: Tensor, index: BlockIndex, chunk: int, width: int) -> Work:
+    """Raises ValueError where the numbers need more than 32 bits."""
+    (s, groups, n), blocks = picks_SGn.shape, index.begin_GB.shape[1]
+    segments, chunks, device = groups * blocks, -(-s // chunk), picks_SGn.device
+    if max(chunks * segments, picks_SGn.numel()) >= 2**31:
+        raise ValueError(
+            f"picks of shape {(s, groups, n)} over {blocks} blocks: more than 2**31 picks or segments; "
+            "fewer queries at a time are allowed"
+        )
+    head = torch.arange(groups, device=device, dtype=torch.int32)[:, None] * blocks
+    block = picks_SGn + head
+    held = (index.end_GB > index.begin_GB).flatten()
+    here = held[block.masked_fill(picks_SGn < 0, 0)] & (picks_SGn >= 0)
+    block += (torch.arange(s, device=device, dtype=torch.int32) // chunk * segments)[:, None, None]
+    key, order = block.masked_fill_(~here, chunks * segments).flatten().sort(stable=True)
+    edges = torch.arange(chunks * segments + 1, device=device, dtype=torch.int32)
+    start = torch.searchsorted(key, edges, out_int32=True)
+    parts = (start.diff() + width - 1) // width
+    item_start, split_start = _starts(parts), _starts(parts.masked_fill(parts == 1, 0))
+    most = chunk * groups * n
+    items = most // width + min(segments, most)
+    numbers = torch.arange(min(chunks * items, chunks * segments + picks_SGn.numel()), device=device)
+    segment = torch.searchsorted(item_start, numbers.int(), right=True, out_int32=True) - 1
+    return Work(order.int(), start, item_start, split_start, segment, chunk, width, items, 2 * most // width + 1)
+
+
+def _starts(counts: Tensor) -> Tensor:
+    return torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+
+
+def selected_forward(
+    q_SHD: Tensor,
+    k_ND: Tensor,
+    v_ND: Tensor,
+    picks_SGn: Tensor,
+    token_S: Tensor,
+    index: BlockIndex,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """As `selected.selected_forward`: output [S, H, Dv] in q's type, log-sum-exp [S, H] in float32."""
+    q, k, v, picks = q_SHD.contiguous(), rows_contiguous(k_ND), rows_contiguous(v_ND), picks_SGn.contiguous()
+    check_launch(q, k, v)
+    (s, h, dk), (_, groups, count), dv = q.shape, picks.shape, v.shape[1]
+    o, lse = q.new_empty(s, h, dv), q.new_empty(s, h, dtype=torch.float32)
+    if s == 0:
+        return o, lse
+    sizes, meta, tile = _launch("block_forward", q, dk, dv, h // groups)
+    work = make_work(picks, index, _chunk(q, h * count * dv), _item_width(h // groups, meta["BM"]))
+    blocks = index.begin_GB.shape[1]
+    part_o = q.new_empty(work.chunk * groups * count * (h // groups), dv)
+    part_lse = q.new_empty(len(part_o), dtype=torch.float32)
+    edges = index.begin_GB, index.end_GB
+    count_launch("block_forward")
+    for chunk, first in enumerate(range(0, s, work.chunk)):
+        block_forward_kernel[(work.items,)](
+            q, k, v, token_S, index.token_N, *edges, work.order, work.start, work.item_start, work.segment, part_o,
+            part_lse, chunk, first, groups * blocks, blocks, groups, count, h, k.stride(0), v.stride(0), scale,
+            ONCE=index.longest <= meta["BN"], WIDTH=work.width, **sizes, **meta)  # fmt: skip
+        queries = min(work.chunk, s - first)
+        merge_kernel[(triton.cdiv(queries * (h // groups), tile), groups)](
+            part_o, part_lse, picks, *edges, o, lse, first, queries, h, groups, blocks, count,
+            R=h // groups, BM=tile, **pieces("V", dv))  # fmt: skip
+    return o, lse
+
+
+def selected_backward(
+    branch: BranchGrad,
+    q_SHD: Tensor,
+    k_ND: Tensor,
+    v_ND: Tensor,
+    picks_SGn: Tensor,
+    token_S: Tensor,
+    index: BlockIndex,
+    scale: float,
+    dq_SHD: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `selected.selected_backward`; dq in q's type, dk and dv in float32."""
+    q, k, v, picks = q_SHD.contiguous(), rows_contiguous(k_ND), rows_contiguous(v_ND), picks_SGn.contiguous()
+    do = branch.do_SHD.to(q.dtype).contiguous()
+    *rows, gate_step, delta_step = branch.rows()
+    check_launch(q, k, v, do)
+    (s, h, dk), (_, groups, count), dv = q.shape, picks.shape, v.shape[1]
+    dq = torch.empty_like(q) if dq_SHD is None else dq_SHD
+    d_k, d_v = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
+    if s == 0:
+        return dq, d_k, d_v
+    sizes, meta, tile = _launch("block_backward", q, dk, dv, h // groups)
+    work = make_work(picks, index, _chunk(q, h * count * dk), _item_width(h // groups, meta["BM"]))
+    blocks, longest = index.begin_GB.shape[1], index.longest
+    part_dq = q.new_empty(work.chunk * groups * count * (h // groups), dk)
+    part_dk, part_dv = (d.new_empty(work.splits * longest, d.shape[1]) for d in (d_k, d_v))
+    edges, starts = (index.begin_GB, index.end_GB), (work.item_start, work.split_start)
+    count_launch("block_backward")
+    for chunk, first in enumerate(range(0, s, work.chunk)):
+        block_backward_kernel[(work.items,)](
+            do, q, k, v, *rows, token_S, index.token_N, *edges, work.order,
+            work.start, *starts, work.segment, part_dq, part_dk, part_dv, d_k, d_v, chunk, first, groups * blocks,
+            blocks, groups, count, h, longest, gate_step, delta_step, k.stride(0),
+            v.stride(0), scale, WIDTH=work.width, **sizes, **meta)  # fmt: skip
+        for part, d in ((part_dk, d_k), (part_dv, d_v)):
+            add_parts_kernel[(groups * blocks, triton.cdiv(longest, 16))](
+                part, *edges, *starts, d, chunk, groups * blocks, longest,
+                D=d.shape[1], WIDTH=triton.next_power_of_2(d.shape[1]), BN=16)  # fmt: skip
+        queries = min(work.chunk, s - first)
+        sum_dq_kernel[(triton.cdiv(queries * (h // groups), tile), groups)](
+            part_dq, picks, *edges, dq, first, queries, h, groups, blocks, count,
+            R=h // groups, BM=tile, ADD=dq_SHD is not None, **pieces("K", dk))  # fmt: skip
+    return dq, d_k, d_v
+
+
+def _launch(kernel: str, q: Tensor, dk: int, dv: int, r: int) -> tuple[dict[str, int | str], dict[str, int], int]:
+    """Sizes that are compiled in, tile sizes, rows of a tile of the summing kernel."""
+    meta = tuned(kernel, q, dk, dv)
+    rp = triton.next_power_of_2(r)
+    meta["BM"] = max(meta["BM"], rp)
+    return {"R": r, "RP": rp, "PREC": precision(q), **head_sizes(dk, dv)}, meta, 32
+
+
+def _item_width(r: int, bm: int) -> int:
+    """Picks of a work item: whole tiles."""
+    rp = triton.next_power_of_2(r)
+    return max(_ITEM_ROWS // rp, bm // rp)
+
+
+def _chunk(q: Tensor, elements: int) -> int:
+    """Queries whose partial results, of so many elements each, fit."""
+    if not q.is_cuda:
+        return 64
+    most = 1 << (max(1, _CHUNK_BYTES // (elements * q.element_size())).bit_length() - 1)
+    return min(most, triton.next_power_of_2(len(q)))

@@ -1,0 +1,139 @@
+"""`backend="triton"` against the reference: a pairwise cover of sizes, groups, specs and documents."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from nsa_dist.kernels import NSASpec, blocks, nsa_attention, selected, tuning
+from nsa_dist.kernels.branch import BranchGrad
+from nsa_dist.kernels.combine import merge, row_deltas
+from nsa_dist.kernels.packing import Packing
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available() and not tuning.interpreted(), reason="no interpreter")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# (documents, heads, KV heads, Dk, Dv, spec)
+CASES = [
+    ([90], 16, 1, 16, 16, NSASpec(8, 4, 16, 5, 1, 2, 24)),
+    ([40, 3, 61], 6, 2, 24, 16, NSASpec(8, 4, 16, 4, 1, 2, 7)),
+    ([129], 2, 2, 48, 40, NSASpec(12, 4, 24, 3, 0, 1, 64)),
+    ([31], 7, 1, 72, 24, NSASpec(32, 16, 64, 16, 1, 2, 512)),
+    ([1, 1, 45], 4, 2, 16, 136, NSASpec(4, 4, 4, 9, 2, 2, 1)),
+    ([70], 40, 1, 32, 16, NSASpec(16, 8, 8, 6, 1, 2, 33)),
+    ([200], 4, 1, 192, 128, NSASpec(32, 16, 64, 3, 1, 1, 48)),
+]
+
+
+def inputs(
+    lengths: list[int], heads: int, groups: int, dk: int, dv: int, spec: NSASpec
+) -> tuple[Tensor, list[Tensor]]:
+    generator = torch.Generator().manual_seed(sum(lengths))
+    cu = np.concatenate([[0], np.cumsum(lengths)])
+    tokens, rows = int(cu[-1]), Packing(cu, spec).compressed
+    shapes = [
+        (tokens, heads, dk),
+        (rows, groups, dk),
+        (rows, groups, dv),
+        *[(tokens, groups, dk), (tokens, groups, dv)] * 2,
+    ]
+    shapes += [(tokens, heads, 3), (tokens, heads, dv)]
+    made = [torch.randn(1, *shape, generator=generator) for shape in shapes]
+    return torch.tensor(cu, dtype=torch.int32), made
+
+
+def run(cu: Tensor, xs: list[Tensor], spec: NSASpec, backend: str) -> list[Tensor]:
+    leaves = [x.detach().requires_grad_() for x in xs[:-1]]
+    out = nsa_attention(*leaves, spec, cu_seqlens=cu, backend=backend)
+    return [out.detach(), *torch.autograd.grad(out, leaves, xs[-1])]
+
+
+@pytest.mark.parametrize(("lengths", "heads", "groups", "dk", "dv", "spec"), CASES)
+def test_agrees_with_the_reference(
+    lengths: list[int], heads: int, groups: int, dk: int, dv: int, spec: NSASpec
+) -> None:
+    cu, xs = inputs(lengths, heads, groups, dk, dv, spec)
+    tuning.launches.clear()
+    found = run(cu, [x.to(DEVICE) for x in xs], spec, "triton")
+    want = run(cu, [x.double() for x in xs], spec, "reference")
+    for a, b in zip(found, want, strict=True):
+        torch.testing.assert_close(a.cpu().double(), b, rtol=1e-4, atol=2e-5)
+    both = {"range_forward": 2, "range_dq": 2, "range_dkv": 2}
+    if not Packing(cu.numpy(), spec).compressed:
+        both["range_dkv"] = 1
+    once = dict.fromkeys(("scores", "block_forward", "block_backward", "combine", "row_deltas"), 1)
+    assert tuning.launches == both | once
+
+
+@pytest.mark.parametrize("held", [0.5, 0.0])
+def test_selected_blocks_from_two_buffers_are_one_softmax(held: float) -> None:
+    """Buffers that lack blocks, or parts of them, as a rank's shard and what it fetched do."""
+    spec, heads, groups, dk, dv = NSASpec(8, 4, 16, 5, 1, 2, 24), 6, 2, 24, 16
+    packing = Packing(np.array([0, 75, 130]), spec)
+    generator = torch.Generator().manual_seed(3)
+    mine = torch.rand(130, generator=generator).numpy() < held
+    rows = [np.flatnonzero(mine), np.flatnonzero(~mine)]
+    picks = torch.full((130, groups, spec.select_count), -1, dtype=torch.int32)
+    for s in range(130):
+        block = int(packing.block(np.array([s]))[0])
+        first = 0 if s < 75 else int(packing.blk_cu[1])
+        for g in range(groups):
+            some = (torch.randperm(block - first, generator=generator) + first)[: spec.select_count - 1]
+            chosen = torch.cat([some, torch.tensor([block])]).sort().values
+            picks[s, g, : len(chosen)] = chosen
+    shapes = (130, heads, dk), (130, groups, dk), (130, groups, dv), (130, heads, dv)
+    q, k, v, do = (torch.randn(*shape, generator=generator).to(DEVICE) for shape in shapes)
+    gate, picks = torch.rand(130, heads, generator=generator).to(DEVICE), picks.to(DEVICE)
+    token = torch.arange(130, device=DEVICE)
+    every = selected.block_index(packing, [np.arange(130)] * groups, DEVICE)
+    flat = selected.head_rows(k), selected.head_rows(v)
+    o, lse = selected.selected_forward(q, *flat, picks, token, every, 0.2)
+    branch = BranchGrad(do, gate, o, lse, row_deltas(do, [o])[..., 0])
+    want = selected.selected_backward(branch, q, *flat, picks, token, every, 0.2)
+    dq, grads, state = torch.zeros_like(q), [torch.zeros_like(x) for x in flat], None
+    for part in rows:
+        index = selected.block_index(packing, [part] * groups, DEVICE)
+        at = torch.from_numpy(np.concatenate([part, 130 + part])).to(DEVICE)
+        buffer = [x[at] for x in flat]
+        found = blocks.selected_forward(q, *buffer, picks, token, index, 0.2)
+        state = found if state is None else merge(*state, *found)
+        _, *d = blocks.selected_backward(branch, q, *buffer, picks, token, index, 0.2, dq)
+        for grad, x in zip(grads, d, strict=True):
+            grad[at] += x
+    assert state is not None
+    for a, b in zip((*state, dq, *grads), (o, lse, *want), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "words"),
+    [(torch.float64, 16, "backend='triton' with q of torch.float64"), (torch.float32, 20, "head size 20")],
+)
+def test_what_no_kernel_is_made_for_is_refused(dtype: torch.dtype, size: int, words: str) -> None:
+    spec = NSASpec(8, 4, 16, 4, 1, 2, 24)
+    _, xs = inputs([40], 2, 1, size, size, spec)
+    with pytest.raises(ValueError, match=words):
+        nsa_attention(*(x.to(DEVICE, dtype) for x in xs[:-1]), spec, backend="triton")
+
+
+def test_the_operators_keep_torchs_rules() -> None:
+    spec = NSASpec(8, 4, 16, 4, 1, 2, 24)
+    cu, xs = inputs([20, 33], 4, 2, 16, 24, spec)
+    leaves = [x[0].to(DEVICE).requires_grad_() for x in xs[:-1]]
+    arguments = (leaves, cu, 1, [8, 4, 16, 4, 1, 2, 24], 0.25, "triton")
+    torch.library.opcheck(torch.ops.nsa_dist.attention.default, arguments)
+
+
+def test_compiles_without_a_graph_break() -> None:
+    spec = NSASpec(8, 4, 16, 4, 1, 2, 24)
+    _, xs = inputs([53], 4, 2, 16, 24, spec)
+
+    def loss(*leaves: Tensor) -> Tensor:
+        return (nsa_attention(*leaves, spec) * 2).square().sum()
+
+    results = []
+    for fn in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        leaves = [x.to(DEVICE).requires_grad_() for x in xs[:-1]]
+        results.append([fn(*leaves), *torch.autograd.grad(fn(*leaves), leaves)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
