@@ -29,7 +29,7 @@ from nsa_dist.kernels.tile_ops import (
 )
 from nsa_dist.kernels.tuning import check_launch, count_launch, head_sizes, pieces, precision, tuned
 
-_ITEM_ROWS = 1024  # queries times heads of a work item
+_ITEM_ROWS = 2048  # queries times heads of a work item
 _CHUNK_BYTES = 3 << 29  # of partial results
 
 

@@ -25,7 +25,8 @@ class BranchGrad:
     def grouped(self, groups: int) -> tuple[Tensor, Tensor, Tensor]:
         """The branch's own gradient and output [G, S, R, Dv] and the log-sum-exp [G, S, R], in the working type."""
         do = self.do_SHD.to(work_dtype(self.do_SHD)) * self.gate_SH.unsqueeze(-1)
-        lse = self.lse_SH.view(len(self.lse_SH), groups, -1).transpose(0, 1)
+        s, h = self.lse_SH.shape
+        lse = self.lse_SH.view(s, groups, h // groups).transpose(0, 1)
         return group_queries(do, groups), group_queries(self.o_SHD, groups), lse
 
     def rows(self) -> tuple[Tensor, Tensor, Tensor, int, int]:

@@ -64,17 +64,17 @@ def tuned(kernel: str, x: Tensor, dk: int, dv: int) -> dict[str, int]:
     return dict(configuration(kernel, target(x.device), x.dtype == torch.float32, max(dk, dv)))
 
 
-# (target, kernel): BM, BN, warps, stages at head sizes up to 128 and above it, 16-bit types.
+# (target, kernel): BM, BN, warps, stages at head sizes up to 128, up to 192, above it; 16-bit types.
 _TABLE = {
-    ("sm_90", "range_forward"): ((128, 64, 8, 3), (128, 64, 8, 3)),
-    ("sm_90", "range_dq"): ((128, 64, 8, 2), (128, 64, 8, 2)),
-    ("sm_90", "range_dkv"): ((32, 128, 8, 2), (32, 128, 8, 2)),
-    ("sm_90", "scores"): ((128, 64, 4, 2), (128, 64, 4, 2)),
-    ("sm_90", "block_forward"): ((128, 64, 8, 2), (128, 64, 8, 2)),
-    ("sm_90", "block_backward"): ((64, 64, 8, 2), (64, 64, 8, 2)),
+    ("sm_90", "range_forward"): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2)),
+    ("sm_90", "range_dq"): ((128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2)),
+    ("sm_90", "range_dkv"): ((32, 128, 8, 2), (32, 128, 8, 2), (32, 64, 8, 2)),
+    ("sm_90", "scores"): ((128, 64, 4, 2),) * 3,
+    ("sm_90", "block_forward"): ((64, 64, 4, 2),) * 3,
+    ("sm_90", "block_backward"): ((32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 8, 2)),
 }
-_AMD = ((64, 32, 4, 1), (64, 32, 4, 1))
-_NVIDIA = ((64, 64, 4, 2), (64, 32, 8, 2))
+_AMD = ((64, 32, 4, 1),) * 3
+_NVIDIA = ((64, 64, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2))
 
 
 @cache
@@ -86,5 +86,5 @@ def configuration(kernel: str, where: str, wide: bool, size: int) -> tuple[tuple
         bm, bn, warps, stages = (32, 32, 4, 1) if size <= 128 else (16, 16, 4, 1)
     else:
         family = _AMD if where.startswith("gfx") else _NVIDIA
-        bm, bn, warps, stages = _TABLE.get((where, kernel), family)[size > 128]
+        bm, bn, warps, stages = _TABLE.get((where, kernel), family)[(size > 128) + (size > 192)]
     return (("BM", bm), ("BN", bn), ("num_warps", warps), ("num_stages", stages))
