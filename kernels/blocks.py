@@ -27,7 +27,7 @@ from nsa_dist.kernels.tile_ops import (
     store_two,
     zeros_two,
 )
-from nsa_dist.kernels.tuning import check_launch, count_launch, head_sizes, pieces, precision, tuned
+from nsa_dist.kernels.tuning import check_launch, count_launch, head_sizes, pieces, precision, target, tuned
 
 _ITEM_ROWS = 2048  # queries times heads of a work item
 _CHUNK_BYTES = 3 << 29  # of partial results
@@ -105,7 +105,7 @@ def block_forward_kernel(
                 o1, o2, top, total = softmax_step(s, v1, v2, o1, o2, top, total, True, DV2, PREC)
         o1, o2, lse = softmax_end(o1, o2, top, total)
         tl.store(part_lse_ptr + partial, lse, mask=here)
-        store_two(part_o_ptr, partial * DV, here, o1, o2, DV, DV1, DV2)
+        store_two(part_o_ptr, partial * DV, here, o1, o2, DV, DV1, DV2, False, True)
 
 
 @triton.jit
@@ -147,7 +147,7 @@ def merge_kernel(
         safe = tl.where(above == float("-inf"), 0.0, above)
         shrink, weight = tl.exp2(top - safe), tl.exp2(lse2 - safe)
         total = total * shrink + weight
-        x1, x2 = load_two(part_o_ptr, (partial + slot * R) * DV, held, DV, DV1, DV2)
+        x1, x2 = load_two(part_o_ptr, (partial + slot * R) * DV, held, DV, DV1, DV2, True)
         o1 = o1 * shrink[:, None] + x1.to(tl.float32) * weight[:, None]
         if DV2 > 0:
             o2 = o2 * shrink[:, None] + x2.to(tl.float32) * weight[:, None]
@@ -165,7 +165,7 @@ def block_backward_kernel(
     k_row, v_row, scale,
     R: tl.constexpr, RP: tl.constexpr, DK: tl.constexpr, DK1: tl.constexpr, DK2: tl.constexpr,
     DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    WIDTH: tl.constexpr, PREC: tl.constexpr,
+    ONCE: tl.constexpr, WIDTH: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of the item's block, added where the item is the whole segment, else left as a partial sum;
     dq of each pick. S^T = K Q^T, dQ^T = K^T dS^T."""
@@ -201,21 +201,17 @@ def block_backward_kernel(
             dk1, dk2 = add_products(ds, q1, q2, dk1, dk2, DK2, PREC)
             ds = (ds * scale).to(k1.dtype)
             to = part_dq_ptr + partial[None, :] * DK
-            for piece in tl.static_range(2):
-                if piece == 0:
-                    d = tl.arange(0, DK1)
-                    dq = tl.dot(tl.trans(k1), ds, input_precision=PREC)
-                    mask = here[None, :] & (d < DK)[:, None]
-                    if n0 > begin:
-                        dq += tl.load(to + d[:, None], mask=mask, other=0.0).to(tl.float32)
-                    tl.store(to + d[:, None], dq.to(part_dq_ptr.dtype.element_ty), mask=mask)
-                if piece == 1 and DK2 > 0:
-                    d = DK1 + tl.arange(0, DK2)
-                    dq = tl.dot(tl.trans(k2), ds, input_precision=PREC)
-                    mask = here[None, :] & (d < DK)[:, None]
-                    if n0 > begin:
-                        dq += tl.load(to + d[:, None], mask=mask, other=0.0).to(tl.float32)
-                    tl.store(to + d[:, None], dq.to(part_dq_ptr.dtype.element_ty), mask=mask)
+            for piece in tl.static_range(2 if DK2 > 0 else 1):
+                k, d = k1, tl.arange(0, DK1)
+                if piece == 1:
+                    k, d = k2, DK1 + tl.arange(0, DK2)
+                dq = tl.dot(tl.trans(k), ds, input_precision=PREC)
+                mask = here[None, :] & (d < DK)[:, None]
+                if not ONCE:  # a long block: on top of what its rows before these left, at first 0
+                    dq += tl.load(to + d[:, None], mask=mask, other=0.0).to(tl.float32)
+                tl.store(
+                    to + d[:, None], dq.to(part_dq_ptr.dtype.element_ty), mask=mask, eviction_policy="evict_first"
+                )
         if parts == 1:
             store_two(dk_ptr, n.to(tl.int64) * DK, n_here, dk1 * scale, dk2 * scale, DK, DK1, DK2, True)
             store_two(dv_ptr, n.to(tl.int64) * DV, n_here, dv1, dv2, DV, DV1, DV2, True)
@@ -223,7 +219,8 @@ def block_backward_kernel(
             to_N = split.to(tl.int64) * longest + n - begin
             store_two(part_dk_ptr, to_N * DK, n_here, dk1 * scale, dk2 * scale, DK, DK1, DK2)
             store_two(part_dv_ptr, to_N * DV, n_here, dv1, dv2, DV, DV1, DV2)
-        tl.debug_barrier()  # the next rows of a long block add to the dq that these wrote
+        if not ONCE:
+            tl.debug_barrier()
 
 
 @triton.jit
@@ -258,7 +255,7 @@ def sum_dq_kernel(
     dq1, dq2 = zeros_two(BM, DK1, DK2)
     for slot in range(count):
         held = _held(picks_ptr, begin_ptr, end_ptr, pick + slot, here, blocks, g)
-        x1, x2 = load_two(part_dq_ptr, (partial + slot * R) * DK, held, DK, DK1, DK2)
+        x1, x2 = load_two(part_dq_ptr, (partial + slot * R) * DK, held, DK, DK1, DK2, True)
         dq1 += x1.to(tl.float32)
         if DK2 > 0:
             dq2 += x2.to(tl.float32)
@@ -379,12 +376,15 @@ def selected_backward(
     part_dk, part_dv = (d.new_empty(work.splits * longest, d.shape[1]) for d in (d_k, d_v))
     edges, starts = (index.begin_GB, index.end_GB), (work.item_start, work.split_start)
     count_launch("block_backward")
+    once = longest <= meta["BN"]
     for chunk, first in enumerate(range(0, s, work.chunk)):
+        if not once:
+            part_dq.zero_()
         block_backward_kernel[(work.items,)](
             do, q, k, v, *rows, token_S, index.token_N, *edges, work.order,
             work.start, *starts, work.segment, part_dq, part_dk, part_dv, d_k, d_v, chunk, first, groups * blocks,
             blocks, groups, count, h, longest, gate_step, delta_step, k.stride(0),
-            v.stride(0), scale, WIDTH=work.width, **sizes, **meta)  # fmt: skip
+            v.stride(0), scale, ONCE=once, WIDTH=work.width, **sizes, **meta)  # fmt: skip
         for part, d in ((part_dk, d_k), (part_dv, d_v)):
             add_parts_kernel[(groups * blocks, triton.cdiv(longest, 16))](
                 part, *edges, *starts, d, chunk, groups * blocks, longest,
@@ -412,7 +412,7 @@ def _item_width(r: int, bm: int) -> int:
 
 def _chunk(q: Tensor, elements: int) -> int:
     """Queries whose partial results, of so many elements each, fit."""
-    if not q.is_cuda:
+    if target(q.device) == "interpreter":
         return 64
     most = 1 << (max(1, _CHUNK_BYTES // (elements * q.element_size())).bit_length() - 1)
     return min(most, triton.next_power_of_2(len(q)))

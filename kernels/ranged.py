@@ -126,6 +126,7 @@ def range_dkv_kernel(
     keys, groups, heads, split_queries, gate_step, delta_step, k_row, k_head, v_row, v_head, scale,
     R: tl.constexpr, DK: tl.constexpr, DK1: tl.constexpr, DK2: tl.constexpr,
     DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr,
+    NARROW: tl.constexpr,
 ):  # fmt: skip
     """dk, dv of a tile of keys from the queries [split * split_queries, …) that see it; S^T = K Q^T."""
     g = tl.program_id(1)
@@ -139,6 +140,8 @@ def range_dkv_kernel(
     end = tl.maximum(tl.minimum(tl.load(until_ptr + last).to(tl.int32), high), start)
     a = tl.minimum(tl.maximum(tl.load(from_ptr + last).to(tl.int32), start), end)
     b = tl.maximum(tl.minimum(tl.load(until_ptr + n0).to(tl.int32), end), a)
+    if NARROW:  # few queries see a tile: one masked loop, not three short ones
+        a, b = start, start
     k1, k2 = load_two(k_ptr, n.to(tl.int64) * k_row + g.to(tl.int64) * k_head, n_here, DK, DK1, DK2)
     v1, v2 = load_two(v_ptr, n.to(tl.int64) * v_row + g.to(tl.int64) * v_head, n_here, DV, DV1, DV2)
     dk1, dk2 = zeros_two(BN, DK1, DK2)
@@ -207,7 +210,7 @@ def range_backward(
     (s, h, dk), (keys, groups, dv) = q.shape, v.shape
     add = dq_SHD is not None
     dq = torch.empty_like(q) if dq_SHD is None else dq_SHD
-    splits, split_queries = _splits(s, keys, ranges)
+    splits, split_queries = _splits(s, keys, groups, ranges)
     d_k = k.new_empty(splits, keys, groups, dk, dtype=torch.float32)
     d_v = v.new_empty(splits, keys, groups, dv, dtype=torch.float32)
     if s:
@@ -223,29 +226,25 @@ def range_backward(
         count_launch("range_dkv")
         range_dkv_kernel[(triton.cdiv(keys, meta["BN"]), groups, splits)](
             do, q, k, v, *rows, ranges.lo_S, ranges.hi_S, *ranges.seen_by(keys), d_k, d_v,
-            keys, groups, h, split_queries, gate_step, delta_step, *shared, **sizes, **meta)  # fmt: skip
-        return dq, sum_splits(d_k), sum_splits(d_v)
+            keys, groups, h, split_queries, gate_step, delta_step, *shared, NARROW=_narrow(keys, ranges),
+            **sizes, **meta)  # fmt: skip
+        return dq, d_k.sum(0), d_v.sum(0)
     return dq, d_k.new_zeros(d_k.shape[1:]), d_v.new_zeros(d_v.shape[1:])
 
 
-def _splits(queries: int, keys: int, ranges: Ranges) -> tuple[int, int]:
+def _splits(queries: int, keys: int, groups: int, ranges: Ranges) -> tuple[int, int]:
     """Parts into which the queries are cut for dk and dv, and queries of a part.
 
     Few keys that very many queries see (compressed tokens) would leave most of a GPU idle; a window's keys are
     seen by few. The cut depends on the sizes alone: the same sums on every device.
     """
-    if ranges.widest * 4 < keys:
-        return 1, max(queries, 1)
-    splits = min(8, max(1, queries // 4096))
+    tiles = -(-keys // 128) * groups
+    splits = 1 if _narrow(keys, ranges) else max(1, min(-(-1024 // tiles), queries // 128))
     return splits, -(-max(queries, 1) // splits)
 
 
-def sum_splits(x: Tensor) -> Tensor:
-    """The sum over the first dim, one after the other; x[0] is overwritten."""
-    total = x[0]
-    for part in x[1:]:
-        total += part
-    return total
+def _narrow(keys: int, ranges: Ranges) -> bool:
+    return ranges.widest * 4 < keys
 
 
 def rows_contiguous(x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from nsa_dist.kernels.packing import overlap_weights
 from nsa_dist.kernels.ranged import rows_contiguous
 from nsa_dist.kernels.spec import NSASpec
 from nsa_dist.kernels.tile_ops import LOG2E, load_two, products
-from nsa_dist.kernels.tuning import check_launch, count_launch, pieces, precision, tuned
+from nsa_dist.kernels.tuning import check_launch, count_launch, pieces, precision, target, tuned
 
 _CHUNK = 64  # blocks
 
@@ -59,17 +59,15 @@ def select_kernel(
             at = scratch_ptr + t[:, None] * WIDTH + edge[None, :]
             tl.store(at, tl.zeros([BT, HALO], scratch_ptr.dtype.element_ty), mask=edge[None, :] < BEFORE)
         for j0 in range(0, blocks, CB):
-            for c0 in range(0, CB * STRIDE, BN):
-                if j0 * STRIDE + c0 < (blocks * STRIDE):
-                    n = j0 * STRIDE + c0 + tl.arange(0, BN)
-                    k_in = n < end
-                    k1, k2 = load_two(k_at, n.to(tl.int64) * k_row, k_in, DK, DK1, DK2)
-                    s = products(k1, k2, q1, q2, DK2, PREC)
-                    p = tl.exp2(s * (scale * LOG2E) - lse2[None, :])
-                    p = tl.where(n[:, None] < seen_M[None, :], p, 0.0)
-                    u = tl.sum(tl.reshape(p, [BN, BT, RP]), 2)
-                    place = BEFORE + c0 + tl.arange(0, BN)
-                    tl.store(scratch_ptr + t[None, :] * WIDTH + place[:, None], u, mask=place[:, None] < WIDTH)
+            for c0 in range(0, tl.minimum(CB, blocks - j0) * STRIDE, BN):
+                n = j0 * STRIDE + c0 + tl.arange(0, BN)
+                k1, k2 = load_two(k_at, n.to(tl.int64) * k_row, n < end, DK, DK1, DK2)
+                s = products(k1, k2, q1, q2, DK2, PREC)
+                p = tl.exp2(s * (scale * LOG2E) - lse2[None, :])
+                p = tl.where(n[:, None] < seen_M[None, :], p, 0.0)
+                u = tl.sum(tl.reshape(p, [BN, BT, RP]), 2)
+                place = BEFORE + c0 + tl.arange(0, BN)
+                tl.store(scratch_ptr + t[None, :] * WIDTH + place[:, None], u, mask=place[:, None] < WIDTH)
             tl.debug_barrier()
             j = j0 + tl.arange(0, CB)
             score = tl.zeros([BT, CB], tl.float32)
@@ -113,12 +111,13 @@ def select_blocks(
     if s == 0:
         return picks
     meta = tuned("scores", q, dk, dk)
+    small = target(q.device) == "interpreter"
     # Queries of a tile: some 128 rows of a group's heads.
-    tile = max(1, min(32, (128 if q.is_cuda else 32) // triton.next_power_of_2(h // groups)))
+    tile = max(1, min(32, (32 if small else 128) // triton.next_power_of_2(h // groups)))
     bounds = view.ranges.tiles_on_device(tile)
     stride, before = spec.select_block // spec.compress_stride, spec.compress_block // spec.compress_stride - 1
     top = max(2, triton.next_power_of_2(spec.select_count))
-    chunk = max(_CHUNK if q.is_cuda else 16, top)
+    chunk = max(16 if small else _CHUNK, top)
     programs = min(len(bounds) * groups, _programs(q.device))
     scratch = q.new_empty(programs, tile, before + chunk * stride, dtype=torch.float32)
     weights = _weights(spec, q.device)

@@ -12,20 +12,28 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def load_rows(ptr, offset_M, mask_M, D: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr):
+def load_rows(
+    ptr, offset_M, mask_M, D: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, STREAM: tl.constexpr = False
+):
     """[M, WIDTH]: elements START … of rows at `offset_M`."""
     at = START + tl.arange(0, WIDTH)
-    if START + WIDTH <= D:
-        return tl.load(ptr + offset_M[:, None] + at[None, :], mask=mask_M[:, None], other=0.0)
-    return tl.load(ptr + offset_M[:, None] + at[None, :], mask=mask_M[:, None] & (at[None, :] < D), other=0.0)
+    mask = mask_M[:, None]
+    if START + WIDTH > D:
+        mask &= at[None, :] < D
+    return tl.load(
+        ptr + offset_M[:, None] + at[None, :], mask=mask, other=0.0, eviction_policy="evict_first" if STREAM else ""
+    )
 
 
 @triton.jit
-def load_two(ptr, offset_M, mask_M, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
-    x1 = load_rows(ptr, offset_M, mask_M, D, 0, D1)
+def load_two(
+    ptr, offset_M, mask_M, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, STREAM: tl.constexpr = False
+):
+    """`STREAM`: read once, so that it displaces nothing in the cache."""
+    x1 = load_rows(ptr, offset_M, mask_M, D, 0, D1, STREAM)
     x2 = x1
     if D2 > 0:
-        x2 = load_rows(ptr, offset_M, mask_M, D, D1, D2)
+        x2 = load_rows(ptr, offset_M, mask_M, D, D1, D2, STREAM)
     return x1, x2
 
 
@@ -36,23 +44,45 @@ def zeros_two(M: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
 
 @triton.jit
 def store_rows(
-    ptr, offset_M, mask_M, value, D: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, ADD: tl.constexpr
+    ptr,
+    offset_M,
+    mask_M,
+    value,
+    D: tl.constexpr,
+    START: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ADD: tl.constexpr,
+    STREAM: tl.constexpr = False,
 ):
     at = START + tl.arange(0, WIDTH)
     if ADD:
         value += load_rows(ptr, offset_M, mask_M, D, START, WIDTH).to(tl.float32)
     value = value.to(ptr.dtype.element_ty)
-    tl.store(ptr + offset_M[:, None] + at[None, :], value, mask=mask_M[:, None] & (at[None, :] < D))
+    tl.store(
+        ptr + offset_M[:, None] + at[None, :],
+        value,
+        mask=mask_M[:, None] & (at[None, :] < D),
+        eviction_policy="evict_first" if STREAM else "",
+    )
 
 
 @triton.jit
 def store_two(
-    ptr, offset_M, mask_M, x1, x2, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, ADD: tl.constexpr = False
+    ptr,
+    offset_M,
+    mask_M,
+    x1,
+    x2,
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    ADD: tl.constexpr = False,
+    STREAM: tl.constexpr = False,
 ):
     """`ADD`: to what is there."""
-    store_rows(ptr, offset_M, mask_M, x1, D, 0, D1, ADD)
+    store_rows(ptr, offset_M, mask_M, x1, D, 0, D1, ADD, STREAM)
     if D2 > 0:
-        store_rows(ptr, offset_M, mask_M, x2, D, D1, D2, ADD)
+        store_rows(ptr, offset_M, mask_M, x2, D, D1, D2, ADD, STREAM)
 
 
 @triton.jit

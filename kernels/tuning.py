@@ -43,14 +43,20 @@ def head_sizes(dk: int, dv: int) -> dict[str, int]:
     return pieces("K", dk) | pieces("V", dv)
 
 
+compile_target: str | None = None  # set while kernels are compiled ahead of time
+
+
 def precision(x: Tensor) -> str:
     """float32 products: IEEE on AMD and the CPU, three TF32 products on NVIDIA (Triton's default is one)."""
-    nvidia = x.device.type == "cuda" and torch.version.hip is None
-    return "tf32x3" if nvidia and x.dtype == torch.float32 else "ieee"
+    return "tf32x3" if target(x.device).startswith("sm_") and x.dtype == torch.float32 else "ieee"
+
+
+def target(device: torch.device) -> str:
+    return compile_target or _target(device)
 
 
 @cache
-def target(device: torch.device) -> str:
+def _target(device: torch.device) -> str:
     if device.type == "cpu":
         return "interpreter"
     if torch.version.hip is not None:
@@ -68,10 +74,10 @@ def tuned(kernel: str, x: Tensor, dk: int, dv: int) -> dict[str, int]:
 _TABLE = {
     ("sm_90", "range_forward"): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2)),
     ("sm_90", "range_dq"): ((128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2)),
-    ("sm_90", "range_dkv"): ((32, 128, 8, 2), (32, 128, 8, 2), (32, 64, 8, 2)),
+    ("sm_90", "range_dkv"): ((32, 128, 8, 4), (32, 128, 8, 4), (32, 64, 8, 2)),
     ("sm_90", "scores"): ((128, 64, 4, 2),) * 3,
-    ("sm_90", "block_forward"): ((64, 64, 4, 2),) * 3,
-    ("sm_90", "block_backward"): ((32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 8, 2)),
+    ("sm_90", "block_forward"): ((64, 64, 4, 1),) * 3,
+    ("sm_90", "block_backward"): ((32, 64, 4, 3), (32, 64, 4, 3), (32, 64, 8, 2)),
 }
 _AMD = ((64, 32, 4, 1),) * 3
 _NVIDIA = ((64, 64, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2))
