@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help dev demo test test-gpu lint format clean
+.PHONY: help dev demo test test-gpu compile-all bench lint format clean
 help:  ## what a developer does
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
@@ -42,6 +42,12 @@ test: lint  ## lint, types and every test that needs no GPU
 
 test-gpu: dev  ## what needs a GPU
 	$(BIN)/python -m pytest tests/gpu -s
+
+compile-all: dev  ## every kernel configuration for every target (long; cached)
+	$(BIN)/python -m nsa_dist.kernels.aot --all
+
+bench: dev  ## kernels against their rivals, on a machine with a GPU
+	$(BIN)/nsa-dist bench kernels --parts --rows bench-kernels.jsonl --chart bench-kernels.png
 
 clean:  ## removes what was built, not the runs
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -37,7 +37,7 @@ from nsa_dist.kernels.tiled import window_ranges
 
 # Shared memory of a program in bytes: CUDA programming guide, table of compute capabilities; CDNA 3 and 4 ISA.
 SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536, "gfx950": 163840}
-SPILLS = 128
+SPILLS = 1024  # on an H200 the fastest block_backward spills 740: nothing that spills less is as fast
 SIZES = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
 GROUPS = (1, 4, 16)

@@ -58,7 +58,7 @@ def _picked_rows(
     pick = tl.load(order_ptr + i, mask=here, other=0)
     s = pick // (groups * count)
     row = s.to(tl.int64) * heads + g * R + head
-    partial = (pick - first_query * groups * count).to(tl.int64) * R + head
+    partial = (pick - first_query * groups * count) * R + head  # times the head size: below 2**31, see _chunk
     token = tl.load(token_ptr + s, mask=here, other=-1).to(tl.int32)
     return here, row, partial, token
 
@@ -411,7 +411,7 @@ def _item_width(r: int, bm: int) -> int:
 
 
 def _chunk(q: Tensor, elements: int) -> int:
-    """Queries whose partial results, of so many elements each, fit."""
+    """Queries whose partial results, of so many elements each, fit: fewer than 2**31 elements."""
     if target(q.device) == "interpreter":
         return 64
     most = 1 << (max(1, _CHUNK_BYTES // (elements * q.element_size())).bit_length() - 1)

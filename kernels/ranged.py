@@ -238,7 +238,7 @@ def _splits(queries: int, keys: int, groups: int, ranges: Ranges) -> tuple[int, 
     Few keys that very many queries see (compressed tokens) would leave most of a GPU idle; a window's keys are
     seen by few. The cut depends on the sizes alone: the same sums on every device.
     """
-    tiles = -(-keys // 128) * groups
+    tiles = max(1, -(-keys // 128) * groups)
     splits = 1 if _narrow(keys, ranges) else max(1, min(-(-1024 // tiles), queries // 128))
     return splits, -(-max(queries, 1) // splits)
 

@@ -70,17 +70,26 @@ def tuned(kernel: str, x: Tensor, dk: int, dv: int) -> dict[str, int]:
     return dict(configuration(kernel, target(x.device), x.dtype == torch.float32, max(dk, dv)))
 
 
-# (target, kernel): BM, BN, warps, stages at head sizes up to 128, up to 192, above it; 16-bit types.
+# (target or its family, kernel): BM, BN, warps, stages at head sizes up to 128, up to 192, above it; 16-bit types.
+# kernels/NOTES.md says what was measured; what hasn't been is chosen by the compiled code's registers and spills.
 _TABLE = {
     ("sm_90", "range_forward"): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2)),
     ("sm_90", "range_dq"): ((128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2)),
-    ("sm_90", "range_dkv"): ((32, 128, 8, 4), (32, 128, 8, 4), (32, 64, 8, 2)),
+    ("sm_90", "range_dkv"): ((32, 64, 4, 3), (32, 64, 4, 3), (32, 64, 8, 2)),
     ("sm_90", "scores"): ((128, 64, 4, 2),) * 3,
     ("sm_90", "block_forward"): ((64, 64, 4, 1),) * 3,
     ("sm_90", "block_backward"): ((32, 64, 4, 3), (32, 64, 4, 3), (32, 64, 8, 2)),
+    ("sm_80", "range_dkv"): ((64, 64, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
+    ("sm_80", "block_backward"): ((16, 64, 8, 1),) * 3,
+    ("sm", "range_dkv"): ((32, 64, 8, 2),) * 3,
+    ("sm", "block_forward"): ((64, 64, 4, 1), (64, 64, 8, 1), (64, 64, 8, 1)),
+    ("sm", "block_backward"): ((32, 64, 8, 1),) * 3,
+    ("sm", ""): ((64, 64, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
+    ("gfx", "range_dkv"): ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 8, 1)),
+    ("gfx", "block_forward"): ((64, 64, 4, 1), (64, 64, 4, 1), (64, 64, 8, 1)),
+    ("gfx", "block_backward"): ((32, 64, 8, 1),) * 3,
+    ("gfx", ""): ((64, 32, 4, 1),) * 3,
 }
-_AMD = ((64, 32, 4, 1),) * 3
-_NVIDIA = ((64, 64, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2))
 
 
 @cache
@@ -91,6 +100,8 @@ def configuration(kernel: str, where: str, wide: bool, size: int) -> tuple[tuple
     elif wide:
         bm, bn, warps, stages = (32, 32, 4, 1) if size <= 128 else (16, 16, 4, 1)
     else:
-        family = _AMD if where.startswith("gfx") else _NVIDIA
-        bm, bn, warps, stages = _TABLE.get((where, kernel), family)[(size > 128) + (size > 192)]
+        family = "gfx" if where.startswith("gfx") else "sm"
+        keys = ((where, kernel), (family, kernel), (family, ""))
+        row = next(_TABLE[key] for key in keys if key in _TABLE)
+        bm, bn, warps, stages = row[(size > 128) + (size > 192)]
     return (("BM", bm), ("BN", bn), ("num_warps", warps), ("num_stages", stages))
