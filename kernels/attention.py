@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nsa_dist.kernels.branch import BranchGrad
+from nsa_dist.kernels.branch import BranchGrad, work_dtype
 from nsa_dist.kernels.compressed import CompressedView, compressed_view
 from nsa_dist.kernels.implementations import BACKENDS, Implementation, implementation
 from nsa_dist.kernels.packing import Packing
@@ -62,7 +62,6 @@ def nsa_attention(
         q_, k_cmp_, v_cmp_, k_slc_, v_slc_, k_win_, v_win_, gates_ = inputs
         out = reference_attention(q_, k_cmp_, v_cmp_, k_slc_, v_slc_, k_win_, v_win_, gates_, spec, packing, factor)
     else:
-        implementation(q, backend)  # refuses what it can't compute
         out = _attention(inputs, cu_seqlens, q.shape[0], sizes, factor, backend)[0]
     return out.view(*q.shape[:3], v_slc.shape[-1])
 
@@ -129,9 +128,9 @@ def gated_branches(
 ) -> tuple[Tensor, list[BranchGrad]]:
     """The gates' gradient [S, H, 3], and what each branch's backward starts from."""
     d_gates = local.row_deltas(do, list(outs))
-    gates = gates.contiguous()
+    gate_3SH = gates.permute(2, 0, 1).to(work_dtype(gates)).contiguous()
     parts = zip(outs, lses, strict=True)
-    return d_gates, [BranchGrad(do, gates[..., i], *part, d_gates[..., i]) for i, part in enumerate(parts)]
+    return d_gates, [BranchGrad(do, gate_3SH[i], *part, d_gates[..., i]) for i, part in enumerate(parts)]
 
 
 @torch.library.custom_op("nsa_dist::attention", mutates_args=())

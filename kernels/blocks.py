@@ -161,7 +161,7 @@ def merge_kernel(
 def block_backward_kernel(
     do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, gate_ptr, token_q_ptr, token_k_ptr, begin_ptr, end_ptr,
     order_ptr, start_ptr, item_start_ptr, split_start_ptr, segment_ptr, part_dq_ptr, part_dk_ptr, part_dv_ptr,
-    dk_ptr, dv_ptr, chunk, first_query, segments, blocks, groups, count, heads, longest, gate_step, delta_step,
+    dk_ptr, dv_ptr, chunk, first_query, segments, blocks, groups, count, heads, longest,
     k_row, v_row, scale,
     R: tl.constexpr, RP: tl.constexpr, DK: tl.constexpr, DK1: tl.constexpr, DK2: tl.constexpr,
     DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -192,8 +192,8 @@ def block_backward_kernel(
             q1, q2 = load_two(q_ptr, row * DK, here, DK, DK1, DK2)
             do1, do2 = load_two(do_ptr, row * DV, here, DV, DV1, DV2)
             lse2 = tl.load(lse_ptr + row, mask=here, other=0.0) * LOG2E
-            delta = tl.load(delta_ptr + row * delta_step, mask=here, other=0.0).to(tl.float32)
-            gate = tl.load(gate_ptr + row * gate_step, mask=here, other=0.0).to(tl.float32)
+            delta = tl.load(delta_ptr + row, mask=here, other=0.0)
+            gate = tl.load(gate_ptr + row, mask=here, other=0.0)
             p = tl.exp2(products(k1, k2, q1, q2, DK2, PREC) * (scale * LOG2E) - lse2[None, :])
             p = tl.where(token_N[:, None] <= token_M[None, :], p, 0.0) * gate[None, :]
             ds = p * (products(v1, v2, do1, do2, DV2, PREC) - delta[None, :])
@@ -362,7 +362,7 @@ def selected_backward(
     """As `selected.selected_backward`; dq in q's type, dk and dv in float32."""
     q, k, v, picks = q_SHD.contiguous(), rows_contiguous(k_ND), rows_contiguous(v_ND), picks_SGn.contiguous()
     do = branch.do_SHD.to(q.dtype).contiguous()
-    *rows, gate_step, delta_step = branch.rows()
+    rows = branch.rows()
     check_launch(q, k, v, do)
     (s, h, dk), (_, groups, count), dv = q.shape, picks.shape, v.shape[1]
     dq = torch.empty_like(q) if dq_SHD is None else dq_SHD
@@ -383,7 +383,7 @@ def selected_backward(
         block_backward_kernel[(work.items,)](
             do, q, k, v, *rows, token_S, index.token_N, *edges, work.order,
             work.start, *starts, work.segment, part_dq, part_dk, part_dv, d_k, d_v, chunk, first, groups * blocks,
-            blocks, groups, count, h, longest, gate_step, delta_step, k.stride(0),
+            blocks, groups, count, h, longest,  k.stride(0),
             v.stride(0), scale, ONCE=once, WIDTH=work.width, **sizes, **meta)  # fmt: skip
         for part, d in ((part_dk, d_k), (part_dv, d_v)):
             add_parts_kernel[(groups * blocks, triton.cdiv(longest, 16))](

@@ -29,12 +29,10 @@ class BranchGrad:
         lse = self.lse_SH.view(s, groups, h // groups).transpose(0, 1)
         return group_queries(do, groups), group_queries(self.o_SHD, groups), lse
 
-    def rows(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
-        """lse, delta, gate as a kernel reads them, row s * H + h; elements between rows of gate and of delta."""
-        delta, gate = (
-            x if x.stride(0) == x.shape[1] * x.stride(1) else x.contiguous() for x in (self.delta_SH, self.gate_SH)
-        )
-        return self.lse_SH.contiguous(), delta, gate, gate.stride(1), delta.stride(1)
+    def rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """lse, delta, gate as a kernel reads them: contiguous float32, which it can load ahead of their use."""
+        lse, delta, gate = (x.float().contiguous() for x in (self.lse_SH, self.delta_SH, self.gate_SH))
+        return lse, delta, gate
 
 
 def work_dtype(x: Tensor) -> torch.dtype:

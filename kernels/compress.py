@@ -7,6 +7,7 @@ Suffixes: N tokens of the buffer, C compressed tokens, G KV heads, l tokens of a
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,4 +69,21 @@ def _parts(x_NGD: Tensor, first_C: Tensor, spec: NSASpec) -> Iterator[Tensor]:
     d = spec.compress_stride
     rows_Cd = first_C[:, None] + torch.arange(d, device=first_C.device)
     for start in range(0, spec.compress_block, d):
-        yield x_NGD[rows_Cd + start]
+        yield _Take.apply(x_NGD, rows_Cd + start)
+
+
+class _Take(torch.autograd.Function):
+    """Rows that differ from each other: the gradient is put where they were, nothing is added."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NGD: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.shape = x_NGD.shape
+        return x_NGD[rows]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        d_x = grad.new_zeros(ctx.shape)
+        d_x[rows] = grad
+        return d_x, None

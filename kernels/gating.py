@@ -44,7 +44,7 @@ def row_deltas_kernel(
         if i == 2:
             o_ptr = o3_ptr
         o = load_rows(o_ptr, m * D, here, D, 0, WIDTH).to(tl.float32)
-        tl.store(delta_ptr + m * BRANCHES + i, tl.sum(do * o, 1), mask=here)
+        tl.store(delta_ptr + i * rows.to(tl.int64) + m, tl.sum(do * o, 1), mask=here)
 
 
 def combine_forward(gates_SH3: Tensor, branches: list[Tensor]) -> Tensor:
@@ -64,11 +64,11 @@ def row_deltas(do_SHD: Tensor, branches: list[Tensor]) -> Tensor:
     """As `combine.row_deltas`, in float32; one branch or three."""
     do, branches = do_SHD.contiguous(), [o.contiguous() for o in branches]
     check_launch(do, *branches)
-    delta = do.new_empty(*do.shape[:2], len(branches), dtype=torch.float32)
+    delta = do.new_empty(len(branches), *do.shape[:2], dtype=torch.float32)
     rows, d = do.shape[0] * do.shape[1], do.shape[2]
     if rows:
         count_launch("row_deltas")
         three = (branches * 3)[:3]
         sizes = {"BRANCHES": len(branches), "D": d, "WIDTH": triton.next_power_of_2(d), "BM": _ROWS}
         row_deltas_kernel[(triton.cdiv(rows, _ROWS),)](do, *three, delta, rows, **sizes)
-    return delta
+    return delta.permute(1, 2, 0)

@@ -83,8 +83,8 @@ def range_forward_kernel(
 
 @triton.jit
 def range_dq_kernel(
-    do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, gate_ptr, lo_ptr, hi_ptr, dq_ptr, queries, heads, gate_step,
-    delta_step, k_row, k_head, v_row, v_head, scale,
+    do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, gate_ptr, lo_ptr, hi_ptr, dq_ptr, queries, heads,
+    k_row, k_head, v_row, v_head, scale,
     R: tl.constexpr, DK: tl.constexpr, DK1: tl.constexpr, DK2: tl.constexpr,
     DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr,
     ADD: tl.constexpr,
@@ -96,8 +96,8 @@ def range_dq_kernel(
     q1, q2 = load_two(q_ptr, row * DK, here, DK, DK1, DK2)
     do1, do2 = load_two(do_ptr, row * DV, here, DV, DV1, DV2)
     lse2 = tl.load(lse_ptr + row, mask=here, other=0.0) * LOG2E
-    delta = tl.load(delta_ptr + row * delta_step, mask=here, other=0.0).to(tl.float32)
-    gate = tl.load(gate_ptr + row * gate_step, mask=here, other=0.0).to(tl.float32)
+    delta = tl.load(delta_ptr + row, mask=here, other=0.0)
+    gate = tl.load(gate_ptr + row, mask=here, other=0.0)
     dq1, dq2 = zeros_two(BM, DK1, DK2)
     for part in tl.static_range(3):
         first, stop = start, a
@@ -123,7 +123,7 @@ def range_dq_kernel(
 @triton.jit
 def range_dkv_kernel(
     do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, gate_ptr, lo_ptr, hi_ptr, from_ptr, until_ptr, dk_ptr, dv_ptr,
-    keys, groups, heads, split_queries, gate_step, delta_step, k_row, k_head, v_row, v_head, scale,
+    keys, groups, heads, split_queries,  k_row, k_head, v_row, v_head, scale,
     R: tl.constexpr, DK: tl.constexpr, DK1: tl.constexpr, DK2: tl.constexpr,
     DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr,
     NARROW: tl.constexpr,
@@ -160,8 +160,8 @@ def range_dkv_kernel(
             q1, q2 = load_two(q_ptr, row * DK, here, DK, DK1, DK2)
             do1, do2 = load_two(do_ptr, row * DV, here, DV, DV1, DV2)
             lse2 = tl.load(lse_ptr + row, mask=here, other=0.0) * LOG2E
-            delta = tl.load(delta_ptr + row * delta_step, mask=here, other=0.0).to(tl.float32)
-            gate = tl.load(gate_ptr + row * gate_step, mask=here, other=0.0).to(tl.float32)  # 0 beyond the part
+            delta = tl.load(delta_ptr + row, mask=here, other=0.0)
+            gate = tl.load(gate_ptr + row, mask=here, other=0.0)  # 0 beyond the part
             p = tl.exp2(products(k1, k2, q1, q2, DK2, PREC) * (scale * LOG2E) - lse2[None, :])
             if part != 1:
                 lo = tl.load(lo_ptr + s_M, mask=here, other=0).to(tl.int32)
@@ -205,7 +205,7 @@ def range_backward(
     """As `tiled.range_backward`, but dq is in q's type."""
     q, k, v = q_SHD.contiguous(), rows_contiguous(k_NGD), rows_contiguous(v_NGD)
     do = branch.do_SHD.to(q.dtype).contiguous()
-    *rows, gate_step, delta_step = branch.rows()
+    rows = branch.rows()
     check_launch(q, k, v, do)
     (s, h, dk), (keys, groups, dv) = q.shape, v.shape
     add = dq_SHD is not None
@@ -219,14 +219,14 @@ def range_backward(
         sizes = {"R": h // groups, "PREC": precision(q), **head_sizes(dk, dv)}
         count_launch("range_dq")
         range_dq_kernel[(triton.cdiv(s * (h // groups), meta["BM"]), groups)](
-            do, q, k, v, *rows, ranges.lo_S, ranges.hi_S, dq, s, h, gate_step, delta_step, *shared,
+            do, q, k, v, *rows, ranges.lo_S, ranges.hi_S, dq, s, h,  *shared,
             ADD=add, **sizes, **meta)  # fmt: skip
     if keys and s:
         meta = tuned("range_dkv", q, dk, dv)
         count_launch("range_dkv")
         range_dkv_kernel[(triton.cdiv(keys, meta["BN"]), groups, splits)](
             do, q, k, v, *rows, ranges.lo_S, ranges.hi_S, *ranges.seen_by(keys), d_k, d_v,
-            keys, groups, h, split_queries, gate_step, delta_step, *shared, NARROW=_narrow(keys, ranges),
+            keys, groups, h, split_queries,  *shared, NARROW=_narrow(keys, ranges),
             **sizes, **meta)  # fmt: skip
         return dq, d_k.sum(0), d_v.sum(0)
     return dq, d_k.new_zeros(d_k.shape[1:]), d_v.new_zeros(d_v.shape[1:])

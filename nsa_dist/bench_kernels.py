@@ -206,9 +206,10 @@ def _whole(shape: Shape) -> Made:
     def attend(q: Tensor, gates: Tensor, *xs: Tensor) -> Tensor:
         k, v, k_slc, v_slc, k_win, v_win = xs[:6]
         k_cmp, v_cmp = (_compress(x, first, *w) for x, w in ((k, xs[6:11]), (v, xs[11:])))
-        kv = {"k_cmp": k_cmp, "v_cmp": v_cmp, "k_slc": k_slc, "v_slc": v_slc, "k_win": k_win, "v_win": v_win}
-        every = {name: x[None] for name, x in ({"q": q, "gates": gates} | kv).items()}
-        return nsa_attention(**every, spec=SPEC)[0]
+        q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = (
+            x[None] for x in (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
+        )
+        return nsa_attention(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, SPEC)[0]
 
     kv = [shape.random(t, g, d) for _ in range(3) for d in (shape.dk, shape.dv)]
     gates = torch.sigmoid(shape.random(t, shape.heads, 3))
@@ -345,6 +346,7 @@ def _flex(shape: Shape) -> Made:
         return q >= k
 
     mask = create_block_mask(causal, None, None, shape.tokens, shape.tokens, device="cuda")
+    torch._functorch.config.donated_buffer = False  # else its backward runs once only
     compiled = torch.compile(flex_attention)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -110,9 +110,8 @@ def test_the_selection_at_64k_is_the_references(dtype: torch.dtype) -> None:
     want = compressed_forward(*wide, wide[1], view, SPEC, 128**-0.5)[2]
     rows = (found != want).flatten(1).any(1).nonzero()[:, 0]
     gap = gaps(*wide, view, rows) if len(rows) else torch.zeros(0)
-    print(
-        f"\n{dtype}: {len(rows)} of {tokens} queries differ: {rows.tolist()[:20]}, gaps at most {gap.max() if len(gap) else 0}"
-    )
+    worst = float(gap.max()) if len(gap) else 0.0
+    print(f"\n{dtype}: {len(rows)} of {tokens} queries differ: {rows.tolist()[:20]}, gaps at most {worst}")
     assert (gap <= 1e-5).all()
 
 
