@@ -1,0 +1,31 @@
+"""Every kernel compiles for every target at the paper's shape, inside its shared memory, without bad spills."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+
+def test_compiles_for_every_target() -> None:
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    words = [sys.executable, "-m", "nsa_dist.kernels.aot"]
+    found = subprocess.run(words, capture_output=True, text=True, env=env)
+    print(found.stdout)
+    assert found.returncode == 0, found.stderr
+    lines = [line for line in found.stdout.splitlines() if "registers" in line]
+    assert len(lines) == 5 * 11
+
+
+def test_a_kernel_that_takes_too_much_is_named() -> None:
+    code = (
+        "from nsa_dist.kernels import aot; aot.SHARED['sm_90'] = 100000; import sys; sys.argv = ['aot', '--target', "
+    )
+    code += "'sm_90']; sys.exit(aot.main())"
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert found.returncode == 1
+    assert "sm_90 192/128 bf16 R=16 range_forward_kernel" in found.stderr
+    assert "bytes of shared memory; at most 100000" in found.stderr
