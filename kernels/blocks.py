@@ -327,8 +327,8 @@ def selected_forward(
     check_launch(q, k, v)
     (s, h, dk), (_, groups, count), dv = q.shape, picks.shape, v.shape[1]
     o, lse = q.new_empty(s, h, dv), q.new_empty(s, h, dtype=torch.float32)
-    if s == 0:
-        return o, lse
+    if s == 0 or index.longest == 0:  # no row: no grid either
+        return o.zero_(), lse.fill_(-torch.inf)
     sizes, meta, tile = _launch("block_forward", q, dk, dv, h // groups)
     work = make_work(picks, index, _chunk(q, h * count * dv), _item_width(h // groups, meta["BM"]))
     blocks = index.begin_GB.shape[1]
@@ -367,8 +367,8 @@ def selected_backward(
     (s, h, dk), (_, groups, count), dv = q.shape, picks.shape, v.shape[1]
     dq = torch.empty_like(q) if dq_SHD is None else dq_SHD
     d_k, d_v = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
-    if s == 0:
-        return dq, d_k, d_v
+    if s == 0 or index.longest == 0:
+        return (dq.zero_() if dq_SHD is None else dq), d_k, d_v
     sizes, meta, tile = _launch("block_backward", q, dk, dv, h // groups)
     work = make_work(picks, index, _chunk(q, h * count * dk), _item_width(h // groups, meta["BM"]))
     blocks, longest = index.begin_GB.shape[1], index.longest
