@@ -112,8 +112,9 @@ def select_blocks(
         return picks
     meta = tuned("scores", q, dk, dk)
     small = target(q.device) == "interpreter"
-    # Queries of a tile: some 128 rows of a group's heads.
-    tile = max(1, min(32, (32 if small else 128) // triton.next_power_of_2(h // groups)))
+    # Queries of a tile: some 128 rows of a group's heads, fewer where float32 of the largest heads wouldn't fit.
+    rows = 32 if small else 64 if q.element_size() * dk > 768 else 128
+    tile = max(1, min(32, rows // triton.next_power_of_2(h // groups)))
     bounds = view.ranges.tiles_on_device(tile)
     stride, before = spec.select_block // spec.compress_stride, spec.compress_block // spec.compress_stride - 1
     top = max(2, triton.next_power_of_2(spec.select_count))
