@@ -16,9 +16,11 @@ from torch import Tensor
 from nsa_dist.kernels.branch import BranchGrad
 from nsa_dist.kernels.tile_ops import (
     LOG2E,
+    add_dkv,
     add_products,
     load_two,
     products,
+    row_vectors,
     softmax_end,
     softmax_step,
     store_two,
@@ -47,6 +49,16 @@ def _query_tile(lo_ptr, hi_ptr, queries, heads, g, R: tl.constexpr, BM: tl.const
 
 
 @triton.jit
+def _part(part: tl.constexpr, start, a, b, end):
+    """The part of [start, end) that a loop goes over: before a, from a to b, from b on."""
+    if part == 0:
+        return start, a
+    if part == 1:
+        return a, b
+    return b, end
+
+
+@triton.jit
 def range_forward_kernel(
     q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, o_ptr, lse_ptr, queries, heads, k_row, k_head, v_row, v_head, scale,
     R: tl.constexpr, DK: tl.constexpr, DK1: tl.constexpr, DK2: tl.constexpr,
@@ -61,11 +73,7 @@ def range_forward_kernel(
     top = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     for part in tl.static_range(3):
-        first, stop = start, a
-        if part == 1:
-            first, stop = a, b
-        if part == 2:
-            first, stop = b, end
+        first, stop = _part(part, start, a, b, end)
         for n0 in range(first, stop, BN):
             n = n0 + tl.arange(0, BN)
             n_here = n < stop
@@ -95,16 +103,10 @@ def range_dq_kernel(
     v_ptr += g.to(tl.int64) * v_head
     q1, q2 = load_two(q_ptr, row * DK, here, DK, DK1, DK2)
     do1, do2 = load_two(do_ptr, row * DV, here, DV, DV1, DV2)
-    lse2 = tl.load(lse_ptr + row, mask=here, other=0.0) * LOG2E
-    delta = tl.load(delta_ptr + row, mask=here, other=0.0)
-    gate = tl.load(gate_ptr + row, mask=here, other=0.0)
+    lse2, delta, gate = row_vectors(lse_ptr, delta_ptr, gate_ptr, row, here)
     dq1, dq2 = zeros_two(BM, DK1, DK2)
     for part in tl.static_range(3):
-        first, stop = start, a
-        if part == 1:
-            first, stop = a, b
-        if part == 2:
-            first, stop = b, end
+        first, stop = _part(part, start, a, b, end)
         for n0 in range(first, stop, BN):
             n = n0 + tl.arange(0, BN)
             n_here = n < stop
@@ -147,11 +149,7 @@ def range_dkv_kernel(
     dk1, dk2 = zeros_two(BN, DK1, DK2)
     dv1, dv2 = zeros_two(BN, DV1, DV2)
     for part in tl.static_range(3):
-        first, stop = start, a
-        if part == 1:
-            first, stop = a, b
-        if part == 2:
-            first, stop = b, end
+        first, stop = _part(part, start, a, b, end)
         for m0 in range(first * R, stop * R, BM):
             m = m0 + tl.arange(0, BM)
             s_M = m // R
@@ -159,18 +157,15 @@ def range_dkv_kernel(
             row = s_M.to(tl.int64) * heads + g * R + m % R
             q1, q2 = load_two(q_ptr, row * DK, here, DK, DK1, DK2)
             do1, do2 = load_two(do_ptr, row * DV, here, DV, DV1, DV2)
-            lse2 = tl.load(lse_ptr + row, mask=here, other=0.0) * LOG2E
-            delta = tl.load(delta_ptr + row, mask=here, other=0.0)
-            gate = tl.load(gate_ptr + row, mask=here, other=0.0)  # 0 beyond the part
+            lse2, delta, gate = row_vectors(lse_ptr, delta_ptr, gate_ptr, row, here)  # 0 beyond the part
             p = tl.exp2(products(k1, k2, q1, q2, DK2, PREC) * (scale * LOG2E) - lse2[None, :])
             if part != 1:
                 lo = tl.load(lo_ptr + s_M, mask=here, other=0).to(tl.int32)
                 hi = tl.load(hi_ptr + s_M, mask=here, other=0).to(tl.int32)
                 p = tl.where((n[:, None] >= lo[None, :]) & (n[:, None] < hi[None, :]), p, 0.0)
-            p *= gate[None, :]
-            ds = p * (products(v1, v2, do1, do2, DV2, PREC) - delta[None, :])
-            dv1, dv2 = add_products(p, do1, do2, dv1, dv2, DV2, PREC)
-            dk1, dk2 = add_products(ds, q1, q2, dk1, dk2, DK2, PREC)
+            _, dk1, dk2, dv1, dv2 = add_dkv(
+                p, gate, delta, v1, v2, do1, do2, q1, q2, dk1, dk2, dv1, dv2, DK2, DV2, PREC
+            )
     at = (split.to(tl.int64) * keys + n) * groups + g
     store_two(dk_ptr, at * DK, n_here, dk1 * scale, dk2 * scale, DK, DK1, DK2)
     store_two(dv_ptr, at * DV, n_here, dv1, dv2, DV, DV1, DV2)
@@ -210,7 +205,8 @@ def range_backward(
     (s, h, dk), (keys, groups, dv) = q.shape, v.shape
     add = dq_SHD is not None
     dq = torch.empty_like(q) if dq_SHD is None else dq_SHD
-    splits, split_queries = _splits(s, keys, groups, ranges)
+    narrow = ranges.widest * 4 < keys
+    splits, split_queries = _splits(s, keys, groups, narrow)
     d_k = k.new_empty(splits, keys, groups, dk, dtype=torch.float32)
     d_v = v.new_empty(splits, keys, groups, dv, dtype=torch.float32)
     if s:
@@ -219,32 +215,28 @@ def range_backward(
         sizes = {"R": h // groups, "PREC": precision(q), **head_sizes(dk, dv)}
         count_launch("range_dq")
         range_dq_kernel[(triton.cdiv(s * (h // groups), meta["BM"]), groups)](
-            do, q, k, v, *rows, ranges.lo_S, ranges.hi_S, dq, s, h,  *shared,
+            do, q, k, v, *rows, ranges.lo_S, ranges.hi_S, dq, s, h, *shared,
             ADD=add, **sizes, **meta)  # fmt: skip
     if keys and s:
         meta = tuned("range_dkv", q, dk, dv)
         count_launch("range_dkv")
         range_dkv_kernel[(triton.cdiv(keys, meta["BN"]), groups, splits)](
             do, q, k, v, *rows, ranges.lo_S, ranges.hi_S, *ranges.seen_by(keys), d_k, d_v,
-            keys, groups, h, split_queries,  *shared, NARROW=_narrow(keys, ranges),
+            keys, groups, h, split_queries, *shared, NARROW=narrow,
             **sizes, **meta)  # fmt: skip
         return dq, d_k.sum(0), d_v.sum(0)
     return dq, d_k.new_zeros(d_k.shape[1:]), d_v.new_zeros(d_v.shape[1:])
 
 
-def _splits(queries: int, keys: int, groups: int, ranges: Ranges) -> tuple[int, int]:
+def _splits(queries: int, keys: int, groups: int, narrow: bool) -> tuple[int, int]:
     """Parts into which the queries are cut for dk and dv, and queries of a part.
 
     Few keys that very many queries see (compressed tokens) would leave most of a GPU idle; a window's keys are
     seen by few. The cut depends on the sizes alone: the same sums on every device.
     """
     tiles = max(1, -(-keys // 128) * groups)
-    splits = 1 if _narrow(keys, ranges) else max(1, min(-(-1024 // tiles), queries // 128))
+    splits = 1 if narrow else max(1, min(-(-1024 // tiles), queries // 128))
     return splits, -(-max(queries, 1) // splits)
-
-
-def _narrow(keys: int, ranges: Ranges) -> bool:
-    return ranges.widest * 4 < keys
 
 
 def rows_contiguous(x: Tensor) -> Tensor:

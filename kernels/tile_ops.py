@@ -127,3 +127,24 @@ def softmax_end(o1, o2, top, total):
     divide = (1.0 / tl.where(total > 0, total, 1.0))[:, None]
     lse = tl.where(total > 0, (top + tl.log2(tl.where(total > 0, total, 1.0))) / LOG2E, float("-inf"))
     return o1 * divide, o2 * divide, lse
+
+
+@triton.jit
+def row_vectors(lse_ptr, delta_ptr, gate_ptr, row_M, mask_M):
+    """Log-sum-exp (base 2), delta and gate; 0 outside the mask."""
+    lse2 = tl.load(lse_ptr + row_M, mask=mask_M, other=0.0) * LOG2E
+    delta = tl.load(delta_ptr + row_M, mask=mask_M, other=0.0)
+    return lse2, delta, tl.load(gate_ptr + row_M, mask=mask_M, other=0.0)
+
+
+@triton.jit
+def add_dkv(
+    p_NM, gate_M, delta_M, v1, v2, do1, do2, q1, q2, dk1, dk2, dv1, dv2,
+    DK2: tl.constexpr, DV2: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """Adds a tile of queries to dk and dv; dS^T besides. dk and dS are without the scale."""
+    p_NM *= gate_M[None, :]
+    ds = p_NM * (products(v1, v2, do1, do2, DV2, PREC) - delta_M[None, :])
+    dv1, dv2 = add_products(p_NM, do1, do2, dv1, dv2, DV2, PREC)
+    dk1, dk2 = add_products(ds, q1, q2, dk1, dk2, DK2, PREC)
+    return ds, dk1, dk2, dv1, dv2

@@ -33,7 +33,7 @@ class Ranges:
     lo_S: Tensor  # the same on the device
     hi_S: Tensor
 
-    @property
+    @cached_property
     def widest(self) -> int:
         """The most queries that see one row."""
         begin, end = self._seen
