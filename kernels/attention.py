@@ -144,9 +144,7 @@ def _attention(
 
 
 @_attention.register_fake
-def _(
-    inputs: list[Tensor], cu_seqlens: Tensor | None, batch: int, sizes: list[int], scale: float, backend: str
-) -> list[Tensor]:
+def _(inputs: list[Tensor], cu_seqlens: Tensor | None, batch: int, sizes: list[int], *rest: Any) -> list[Tensor]:
     q, v_slc = inputs[0], inputs[4]
     outs = [q.new_empty(*q.shape[:2], v_slc.shape[2]) for _ in range(4)]
     lses = [q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32)) for _ in range(3)]
@@ -171,16 +169,7 @@ def _attention_backward(
 
 
 @_attention_backward.register_fake
-def _(
-    inputs: list[Tensor],
-    outputs: list[Tensor],
-    do: Tensor,
-    cu_seqlens: Tensor | None,
-    batch: int,
-    sizes: list[int],
-    scale: float,
-    backend: str,
-) -> list[Tensor]:
+def _(inputs: list[Tensor], *rest: Any) -> list[Tensor]:
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
 
 
