@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_dist.kernels import hopper
 from nsa_dist.kernels.branch import BranchGrad
 from nsa_dist.kernels.tile_ops import (
     LOG2E,
@@ -178,6 +179,9 @@ def range_forward(q_SHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, ranges: Ranges, s
     (s, h, dk), (_, groups, dv) = q.shape, v.shape
     o, lse = q.new_empty(s, h, dv), q.new_empty(s, h, dtype=torch.float32)
     if s == 0:
+        return o, lse
+    if hopper.takes(q, k, v):
+        hopper.range_forward(q, k, v, ranges, scale, o, lse)
         return o, lse
     meta = tuned("range_forward", q, dk, dv)
     tiles = triton.cdiv(s * (h // groups), meta["BM"])

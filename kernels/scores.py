@@ -1,8 +1,8 @@
 """Triton: from the compressed branch's log-sum-exps to the blocks that each query selects (equations 8 to 11).
 
-Neither probabilities nor scores of a whole query reach memory: a program goes over its queries' compressed
-tokens in chunks, adds the probabilities of a group's heads, and keeps the n best blocks so far. The scratch
-memory in which a chunk's sums are shifted against each other has a size independent of T.
+Two kernels over as many queries at a time as a buffer of fixed size takes, so that nothing of size T x T/16
+reaches memory: one adds the probabilities of a group's heads, the other weighs the sums of a query and keeps the
+n best blocks so far.
 """
 
 from functools import cache
@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_dist.kernels import hopper
 from nsa_dist.kernels.compressed import CompressedView
 from nsa_dist.kernels.packing import overlap_weights
 from nsa_dist.kernels.ranged import rows_contiguous
@@ -19,85 +20,113 @@ from nsa_dist.kernels.spec import NSASpec
 from nsa_dist.kernels.tile_ops import LOG2E, load_two, products
 from nsa_dist.kernels.tuning import check_launch, count_launch, pieces, precision, target, tuned
 
-_CHUNK = 64  # blocks
+_CHUNK = 1024  # blocks that are compared at once
+_PART_TILES = 16  # tiles of keys of a program
+_SUMS_BYTES = 128 << 20
 
 
 @triton.jit
-def select_kernel(
-    q_ptr, k_ptr, lse_ptr, lo_ptr, hi_ptr, own_ptr, first_ptr, bounds_ptr, weight_ptr, scratch_ptr, picks_ptr,
-    tiles, heads, groups, k_row, k_head, scale, initial, local, count,
+def score_sums_kernel(
+    q_ptr, k_ptr, lse_ptr, lo_ptr, hi_ptr, bounds_ptr, sums_ptr, first_tile, heads, groups, k_row, k_head, width,
+    scale,
     R: tl.constexpr, RP: tl.constexpr, DK: tl.constexpr, DK1: tl.constexpr, DK2: tl.constexpr,
-    BT: tl.constexpr, BN: tl.constexpr, CB: tl.constexpr, STRIDE: tl.constexpr, BEFORE: tl.constexpr,
-    WEIGHTS: tl.constexpr, HALO: tl.constexpr, TOP: tl.constexpr, PREC: tl.constexpr,
+    BT: tl.constexpr, BN: tl.constexpr, PART: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """One tile: BT queries of one document, RP (a power of two) places for the R heads of each."""
-    WIDTH: tl.constexpr = BEFORE + CB * STRIDE
-    scratch_ptr += tl.program_id(0).to(tl.int64) * BT * WIDTH
-    t = tl.arange(0, BT)
+    """Sums over a group's heads of the probabilities of PART compressed tokens, for BT queries of one document.
+
+    A query's R heads have RP places, a power of two. S^T = K Q^T, so that a sum stays inside four lanes.
+    """
+    tile, g = tl.program_id(0), tl.program_id(1)
+    begin = tl.load(bounds_ptr + 2 * (first_tile + tile)).to(tl.int32)
+    stop = tl.load(bounds_ptr + 2 * (first_tile + tile) + 1).to(tl.int32)
+    low = tl.load(lo_ptr + begin).to(tl.int32)  # of the document's first compressed token
+    all_see = tl.load(hi_ptr + begin).to(tl.int32) - low
+    end = tl.load(hi_ptr + stop - 1).to(tl.int32) - low
+    first = tl.program_id(2) * PART
+    end = tl.minimum(end, first + PART)
+    edge = tl.maximum(first, tl.minimum(first + (all_see - first) // BN * BN, end))
     column = tl.arange(0, BT * RP)
-    for work in range(tl.program_id(0), tiles * groups, tl.num_programs(0)):
-        tile = tiles - 1 - work % tiles
-        g = work // tiles
-        begin = tl.load(bounds_ptr + 2 * tile).to(tl.int32)
-        stop = tl.load(bounds_ptr + 2 * tile + 1).to(tl.int32)
-        here_t = begin + t < stop
-        s_M = begin + column // RP
-        here = (s_M < stop) & (column % RP < R)
-        row = s_M.to(tl.int64) * heads + g * R + column % RP
-        q1, q2 = load_two(q_ptr, row * DK, here, DK, DK1, DK2)
-        lse2 = tl.load(lse_ptr + row, mask=here, other=float("inf")) * LOG2E
-        lse2 = tl.where(lse2 == float("-inf"), float("inf"), lse2)
-        low = tl.load(lo_ptr + begin).to(tl.int32)  # of the document's first compressed token
-        seen_M = tl.load(hi_ptr + s_M, mask=here, other=0).to(tl.int32) - low
-        end = tl.load(hi_ptr + stop - 1).to(tl.int32) - low
-        own = tl.load(own_ptr + begin + t, mask=here_t, other=0).to(tl.int32)
-        blocks = tl.load(own_ptr + stop - 1).to(tl.int32) + 1
-        k_at = k_ptr + g.to(tl.int64) * k_head + low.to(tl.int64) * k_row
-        best = tl.full([BT, TOP], -1, tl.int64)
-        if BEFORE > 0:
-            edge = tl.arange(0, HALO)
-            at = scratch_ptr + t[:, None] * WIDTH + edge[None, :]
-            tl.store(at, tl.zeros([BT, HALO], scratch_ptr.dtype.element_ty), mask=edge[None, :] < BEFORE)
-        for j0 in range(0, blocks, CB):
-            for c0 in range(0, tl.minimum(CB, blocks - j0) * STRIDE, BN):
-                n = j0 * STRIDE + c0 + tl.arange(0, BN)
-                k1, k2 = load_two(k_at, n.to(tl.int64) * k_row, n < end, DK, DK1, DK2)
-                s = products(k1, k2, q1, q2, DK2, PREC)
-                p = tl.exp2(s * (scale * LOG2E) - lse2[None, :])
+    s_M = begin + column // RP
+    here = (s_M < tl.where(first < end, stop, begin)) & (column % RP < R)
+    row = s_M.to(tl.int64) * heads + g * R + column % RP
+    q1, q2 = load_two(q_ptr, row * DK, here, DK, DK1, DK2)
+    lse2 = tl.load(lse_ptr + row, mask=here, other=float("inf")) * LOG2E
+    lse2 = tl.where(lse2 == float("-inf"), float("inf"), lse2)
+    seen_M = tl.load(hi_ptr + s_M, mask=here, other=0).to(tl.int32) - low
+    k_at = k_ptr + g.to(tl.int64) * k_head + low.to(tl.int64) * k_row
+    to_T = sums_ptr + ((tile.to(tl.int64) * groups + g) * BT + tl.arange(0, BT)) * width
+    for part in tl.static_range(2):
+        here_from, here_to = first, edge
+        if part == 1:
+            here_from, here_to = edge, end
+        for n0 in range(here_from, here_to, BN):
+            n = n0 + tl.arange(0, BN)
+            k1, k2 = load_two(k_at, n.to(tl.int64) * k_row, n < end, DK, DK1, DK2)
+            p = tl.exp2(products(k1, k2, q1, q2, DK2, PREC) * (scale * LOG2E) - lse2[None, :])
+            if part == 1:
                 p = tl.where(n[:, None] < seen_M[None, :], p, 0.0)
-                u = tl.sum(tl.reshape(p, [BN, BT, RP]), 2)
-                place = BEFORE + c0 + tl.arange(0, BN)
-                tl.store(scratch_ptr + t[None, :] * WIDTH + place[:, None], u, mask=place[:, None] < WIDTH)
-            tl.debug_barrier()
-            j = j0 + tl.arange(0, CB)
-            score = tl.zeros([BT, CB], tl.float32)
-            line = scratch_ptr + t[:, None] * WIDTH + (tl.arange(0, CB) * STRIDE)[None, :]
-            for o in tl.static_range(WEIGHTS):
-                weight = tl.load(weight_ptr + o)
-                score += weight * tl.load(line + o, mask=(j < blocks)[None, :], other=0.0)
-            key = score.to(tl.int32, bitcast=True).to(tl.int64)
-            forced = (j[None, :] < initial) | (j[None, :] > own[:, None] - local)
-            key = tl.where(forced, 2147483647, key) * 4294967296 + (4294967295 - j.to(tl.int64))[None, :]
-            key = tl.where(j[None, :] <= own[:, None], key, -1)
-            if CB > TOP:
-                key = tl.topk(key, TOP, 1)
-            both = tl.reshape(tl.join(best, key), [BT, 2 * TOP])
-            best = tl.topk(both, TOP, 1)
-            if BEFORE > 0:
-                edge = tl.arange(0, HALO)
-                at = scratch_ptr + t[:, None] * WIDTH + edge[None, :]
-                keep = tl.load(at + CB * STRIDE, mask=edge[None, :] < BEFORE, other=0.0)
-                tl.debug_barrier()
-                tl.store(at, keep, mask=edge[None, :] < BEFORE)
-            tl.debug_barrier()
+            u = tl.sum(tl.reshape(p, [BN, BT, RP]), 2)
+            tl.store(to_T[None, :] + n[:, None], u, mask=(n < end)[:, None])
+
+
+@triton.jit
+def choose_kernel(
+    sums_ptr, lo_ptr, hi_ptr, own_ptr, first_ptr, bounds_ptr, weight_ptr, keep_ptr, picks_ptr,
+    first_tile, groups, width, initial, local, count,
+    BT: tl.constexpr, CB: tl.constexpr, STRIDE: tl.constexpr, BEFORE: tl.constexpr, WEIGHTS: tl.constexpr,
+    TOP: tl.constexpr,
+):  # fmt: skip
+    """One query: the blocks with the highest scores, weighted sums of its row, ties to the lower index.
+
+    The lowest score that is taken is found bit by bit, by counting: no sort. Blocks come in chunks; those kept of
+    the chunks before lie before a chunk's, so that what is written ascends.
+    """
+    tile, t, g = tl.program_id(0) // BT, tl.program_id(0) % BT, tl.program_id(1)
+    begin = tl.load(bounds_ptr + 2 * (first_tile + tile)).to(tl.int32)
+    stop = tl.load(bounds_ptr + 2 * (first_tile + tile) + 1).to(tl.int32)
+    if begin + t < stop:
+        end = tl.load(hi_ptr + stop - 1).to(tl.int32) - tl.load(lo_ptr + begin).to(tl.int32)
+        own = tl.load(own_ptr + begin + t).to(tl.int32)
+        query = tl.program_id(0).to(tl.int64) * groups + g
+        row_ptr = sums_ptr + ((tile.to(tl.int64) * groups + g) * BT + t) * width
         slot = tl.arange(0, TOP)
-        block = (4294967295 - (best & 4294967295)).to(tl.int32)
-        block = tl.where((best < 0) | (slot[None, :] >= count), 2147483647, block)
-        block = tl.sort(block, 1)
-        first = tl.load(first_ptr + begin).to(tl.int32)
-        block = tl.where(block == 2147483647, -1, block + first)
-        to = ((begin + t).to(tl.int64) * groups + g) * count
-        tl.store(picks_ptr + to[:, None] + slot[None, :], block, mask=here_t[:, None] & (slot[None, :] < count))
+        kept = tl.full([TOP], -1, tl.int32)
+        block = tl.full([TOP], -1, tl.int32)
+        to_ptr = picks_ptr + ((begin + t).to(tl.int64) * groups + g) * count
+        for j0 in range(0, own + 1, CB):
+            j = j0 + tl.arange(0, CB)
+            score = tl.zeros([CB], tl.float32)
+            for o in tl.static_range(WEIGHTS):
+                n = j * STRIDE + (o - BEFORE)
+                score += tl.load(weight_ptr + o) * tl.load(row_ptr + n, mask=(n >= 0) & (n < end), other=0.0)
+            key = score.to(tl.int32, bitcast=True)  # not negative: the bits' order is the numbers'
+            key = tl.where((j < initial) | (j > own - local), 2147483647, key)
+            key = tl.where(j <= own, key, -1)
+            lowest = 0
+            for bit in tl.static_range(31):
+                higher = lowest + (1 << (30 - bit))
+                many = tl.sum((key >= higher).to(tl.int32)) + tl.sum((kept >= higher).to(tl.int32))
+                lowest = tl.where(many >= count, higher, lowest)
+            spare = count - tl.sum((key > lowest).to(tl.int32)) - tl.sum((kept > lowest).to(tl.int32))
+            equal, equal_kept = (key == lowest).to(tl.int32), (kept == lowest).to(tl.int32)
+            taken_kept = (kept > lowest) | ((kept == lowest) & (tl.cumsum(equal_kept) <= spare))
+            spare -= tl.sum(equal_kept)
+            taken = (key > lowest) | ((key == lowest) & (tl.cumsum(equal) <= spare))
+            first_new = tl.sum(taken_kept.to(tl.int32))
+            total = first_new + tl.sum(taken.to(tl.int32))
+            at_kept = tl.cumsum(taken_kept.to(tl.int32)) - 1
+            at = first_new + tl.cumsum(taken.to(tl.int32)) - 1
+            tl.debug_barrier()
+            tl.store(keep_ptr + query * TOP + at_kept, kept, mask=taken_kept)
+            tl.store(to_ptr + at_kept, block, mask=taken_kept)
+            tl.store(keep_ptr + query * TOP + at, key, mask=taken)
+            tl.store(to_ptr + at, j, mask=taken)
+            tl.debug_barrier()
+            kept = tl.load(keep_ptr + query * TOP + slot, mask=slot < total, other=-1)
+            block = tl.load(to_ptr + slot, mask=slot < total, other=-1)
+        tl.debug_barrier()
+        block = tl.where(block < 0, -1, block + tl.load(first_ptr + begin).to(tl.int32))
+        tl.store(to_ptr + slot, block, mask=slot < count)
 
 
 def select_blocks(
@@ -116,29 +145,40 @@ def select_blocks(
     rows = 32 if small else 64 if q.element_size() * dk > 768 else 128
     tile = max(1, min(32, rows // triton.next_power_of_2(h // groups)))
     bounds = view.ranges.tiles_on_device(tile)
-    stride, before = spec.select_block // spec.compress_stride, spec.compress_block // spec.compress_stride - 1
     top = max(2, triton.next_power_of_2(spec.select_count))
-    chunk = max(16 if small else _CHUNK, top)
-    programs = min(len(bounds) * groups, _programs(q.device))
-    scratch = q.new_empty(programs, tile, before + chunk * stride, dtype=torch.float32)
-    weights = _weights(spec, q.device)
+    width, part = max(16, triton.cdiv(view.ranges.longest, 16) * 16), _PART_TILES * meta["BN"]
+    at_once = 3 if small else max(1, _SUMS_BYTES // (4 * groups * tile * width))
+    at_once = min(at_once, len(bounds))
+    sums = q.new_empty(at_once * groups * tile * width, dtype=torch.float32)
+    keep = q.new_empty(at_once * groups * tile * top, dtype=torch.int32)
+    chunk = (
+        16 if small else min(_CHUNK, triton.next_power_of_2(width * spec.compress_stride // spec.select_block + 2))
+    )
+    lo, hi, weights = view.ranges.lo_S, view.ranges.hi_S, _weights(spec, q.device)
     count_launch("scores")
-    select_kernel[(programs,)](
-        q, k, lse_SH, view.ranges.lo_S, view.ranges.hi_S, view.own_S, view.first_S, bounds, weights, scratch, picks,
-        len(bounds), h, groups, k.stride(0), k.stride(1), scale, spec.initial_blocks, spec.local_blocks,
-        spec.select_count, R=h // groups, RP=triton.next_power_of_2(h // groups),
-        **pieces("K", dk),
-        BT=tile, BN=meta["BN"], CB=chunk, STRIDE=stride, BEFORE=before, WEIGHTS=len(weights),
-        HALO=triton.next_power_of_2(max(before, 1)), TOP=top, PREC=precision(q),
-        num_warps=meta["num_warps"], num_stages=meta["num_stages"])  # fmt: skip
+    r, rp = h // groups, triton.next_power_of_2(h // groups)
+    sizes = {"R": r, "RP": rp, **pieces("K", dk), "BT": tile, "BN": meta["BN"], "PART": part}
+    on_hopper = hopper.takes(q, k) and 64 <= tile * rp <= 256
+    for first in range(0, len(bounds), at_once):
+        tiles = min(at_once, len(bounds) - first)
+        grid = (tiles, groups, triton.cdiv(width, part))
+        if on_hopper:
+            hopper.score_sums_kernel[grid](
+                *hopper.descriptors(k, meta["BN"]), q, lse_SH, lo, hi, bounds, sums, first, h, groups, k.stride(1),
+                width, scale, STAGES=meta["num_stages"], num_warps=meta["num_warps"], **sizes)  # fmt: skip
+        else:
+            score_sums_kernel[grid](
+                q, k, lse_SH, lo, hi, bounds, sums, first, h, groups, k.stride(0), k.stride(1), width, scale,
+                PREC=precision(q), num_warps=meta["num_warps"], num_stages=meta["num_stages"], **sizes)  # fmt: skip
+        choose_kernel[(tiles * tile, groups)](
+            sums, lo, hi, view.own_S, view.first_S, bounds, weights, keep, picks,
+            first, groups, width, spec.initial_blocks, spec.local_blocks, spec.select_count,
+            BT=tile, CB=chunk, STRIDE=spec.select_block // spec.compress_stride,
+            BEFORE=spec.compress_block // spec.compress_stride - 1, WEIGHTS=len(weights), TOP=top,
+            num_warps=1)  # fmt: skip
     return picks
 
 
 @cache
 def _weights(spec: NSASpec, device: torch.device) -> Tensor:
     return torch.tensor(overlap_weights(spec), dtype=torch.float32, device=device)
-
-
-@cache
-def _programs(device: torch.device) -> int:
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

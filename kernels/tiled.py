@@ -39,6 +39,11 @@ class Ranges:
         begin, end = self._seen
         return int((end - begin).max(initial=0))
 
+    @cached_property
+    def longest(self) -> int:
+        """The most rows that a query sees."""
+        return int((self.hi - self.lo).max(initial=0))
+
     def seen_by(self, rows: int) -> tuple[Tensor, Tensor]:
         """For each of the buffer's rows the queries [first, end) among which are those that see it, on the device.
 

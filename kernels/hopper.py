@@ -1,0 +1,313 @@
+"""Gluon, Hopper: attention over ranges and the scores' sums, with products computed while others are reduced.
+
+Plain Triton waits for each product before it goes on: the matrix units idle during the exponentials. Here the next
+tile's scores are computed while this tile's probabilities are made of those before (FlashAttention-3, arXiv
+2407.08608, section 3.2), and keys and values come by the copy engine. The same functions as in `ranged.py` and
+`scores.py`, for 16-bit types and head sizes that are sums of two powers of two.
+"""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from nsa_dist.kernels.tile_ops import LOG2E
+from nsa_dist.kernels.tiled import Ranges
+from nsa_dist.kernels.tuning import count_launch, head_sizes, pieces, target, tuned
+
+# Their names in Triton 3.9, and before.
+_copy_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
+
+@gluon.jit
+def _put_rows(ptr, row_M, here_M, to, D: gl.constexpr, START: gl.constexpr, WIDTH: gl.constexpr, COPY: gl.constexpr):
+    """Elements START … of rows to shared memory [M, WIDTH]."""
+    d = START + gl.arange(0, WIDTH, gl.SliceLayout(0, COPY))
+    to.store(gl.load(ptr + row_M[:, None] * D + d[None, :], mask=here_M[:, None], other=0.0))
+
+
+@gluon.jit
+def _fetch(desc1, desc2, n, column, bar, to1, to2, D1: gl.constexpr, D2: gl.constexpr, BN: gl.constexpr):
+    """Starts copying BN rows of one KV head, in two pieces."""
+    mbarrier.expect(bar, BN * (D1 + D2) * 2)
+    _copy_tile(desc1, [n, column], bar, to1)
+    if D2 > 0:
+        _copy_tile(desc2, [n, column + D1], bar, to2)
+
+
+@gluon.jit
+def _tile(m_begin, queries, heads, g, lo_ptr, hi_ptr, R: gl.constexpr, BM: gl.constexpr, layout: gl.constexpr):
+    m = m_begin + gl.arange(0, BM, layout)
+    s = m // R
+    here = s < queries
+    row = s.to(gl.int64) * heads + g * R + m % R
+    lo = gl.load(lo_ptr + s, mask=here, other=0).to(gl.int32)
+    hi = gl.load(hi_ptr + s, mask=here, other=0).to(gl.int32)
+    return here, row, lo, hi
+
+
+@gluon.jit
+def range_forward_kernel(
+    k1_desc, k2_desc, v1_desc, v2_desc, q_ptr, lo_ptr, hi_ptr, o_ptr, lse_ptr, queries, heads, k_head, v_head, scale,
+    R: gl.constexpr, DK: gl.constexpr, DK1: gl.constexpr, DK2: gl.constexpr,
+    DV: gl.constexpr, DV1: gl.constexpr, DV2: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+    STAGES: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BN, 16])
+    out1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, DV1, 16])
+    out2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, DV2 if DV2 > 0 else 16, 16])
+    rows: gl.constexpr = gl.SliceLayout(1, scores)
+    copy: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [num_warps, 1], [1, 0])
+    left1: gl.constexpr = gl.DotOperandLayout(0, out1, 2)
+    dtype: gl.constexpr = k1_desc.dtype
+
+    g = gl.program_id(1)
+    m_begin = (gl.num_programs(0) - 1 - gl.program_id(0)) * BM  # late queries see most: first
+    here, row, lo, hi = _tile(m_begin, queries, heads, g, lo_ptr, hi_ptr, R, BM, rows)
+    start = gl.min(gl.where(here, lo, 2147483647), 0)
+    inner = gl.max(gl.where(here, lo, 0), 0)
+    outer = gl.min(gl.where(here, hi, 2147483647), 0)
+    end = gl.max(gl.where(here, hi, 0), 0)
+    tiles = (gl.maximum(end - start, 0) + BN - 1) // BN
+
+    k1 = gl.allocate_shared_memory(dtype, [STAGES, BN, DK1], k1_desc.layout)
+    k2 = gl.allocate_shared_memory(dtype, [STAGES, BN if DK2 > 0 else 8, DK2 if DK2 > 0 else 64], k2_desc.layout)
+    v1 = gl.allocate_shared_memory(dtype, [STAGES, BN, DV1], v1_desc.layout)
+    v2 = gl.allocate_shared_memory(dtype, [STAGES, BN if DV2 > 0 else 8, DV2 if DV2 > 0 else 64], v2_desc.layout)
+    k_bar = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_bar = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_bar.index(i), count=1)
+        mbarrier.init(v_bar.index(i), count=1)
+    fence_async_shared()
+    for i in gl.static_range(STAGES):
+        if i < tiles:
+            _fetch(k1_desc, k2_desc, start + i * BN, g * k_head, k_bar.index(i), k1.index(i), k2.index(i),
+                   DK1, DK2, BN)  # fmt: skip
+            _fetch(v1_desc, v2_desc, start + i * BN, g * v_head, v_bar.index(i), v1.index(i), v2.index(i),
+                   DV1, DV2, BN)  # fmt: skip
+
+    q1 = gl.allocate_shared_memory(dtype, [BM, DK1], k1_desc.layout)
+    q2 = gl.allocate_shared_memory(dtype, [BM if DK2 > 0 else 8, DK2 if DK2 > 0 else 64], k2_desc.layout)
+    here_q, row_q, _, _ = _tile(m_begin, queries, heads, g, lo_ptr, hi_ptr, R, BM, gl.SliceLayout(1, copy))
+    _put_rows(q_ptr, row_q, here_q, q1, DK, 0, DK1, copy)
+    if DK2 > 0:
+        _put_rows(q_ptr, row_q, here_q, q2, DK, DK1, DK2, copy)
+    fence_async_shared()
+    _barrier()
+
+    o1 = gl.zeros([BM, DV1], gl.float32, out1)
+    o2 = gl.zeros([BM, DV2 if DV2 > 0 else 16], gl.float32, out2)
+    top = gl.full([BM], float("-inf"), gl.float32, rows)
+    total = gl.zeros([BM], gl.float32, rows)
+    shrink = gl.full([BM], 1.0, gl.float32, rows)
+    p = gl.zeros([BM, BN], dtype, left1)
+    factor = scale * LOG2E
+    for j in range(tiles + 1):
+        # Scores of tile j and output of tile j - 1 are under way together; there is no tile -1, nor tile `tiles`:
+        # what comes of them is replaced and masked.
+        slot, before = j % STAGES, (j + STAGES - 1) % STAGES
+        s = gl.zeros([BM, BN], gl.float32, scores)
+        if j < tiles:
+            mbarrier.wait(k_bar.index(slot), (j // STAGES) & 1)
+        if j > 0:
+            mbarrier.wait(v_bar.index(before), ((j - 1) // STAGES) & 1)
+        s = warpgroup_mma(q1, k1.index(slot).permute((1, 0)), s, use_acc=False, is_async=True)
+        if DK2 > 0:
+            s = warpgroup_mma(q2, k2.index(slot).permute((1, 0)), s, is_async=True)
+        if DV2 > 0:
+            o1 = warpgroup_mma(p, v1.index(before), o1, use_acc=j > 1, is_async=True)
+            o2 = warpgroup_mma(p, v2.index(before), o2, use_acc=j > 1, is_async=True)
+            s = warpgroup_mma_wait(2, deps=[s])
+        else:
+            o1 = warpgroup_mma(p, v1.index(before), o1, use_acc=j > 1, is_async=True)
+            s = warpgroup_mma_wait(1, deps=[s])
+        n0 = start + j * BN
+        s = s * factor
+        if (n0 < inner) | (n0 + BN > outer):
+            n = n0 + gl.arange(0, BN, gl.SliceLayout(0, scores))
+            s = gl.where((n[None, :] >= lo[:, None]) & (n[None, :] < hi[:, None]), s, float("-inf"))
+        above = gl.maximum(top, gl.max(s, 1))
+        safe = gl.where(above == float("-inf"), 0.0, above)  # -inf - (-inf) would be NaN
+        s = gl.exp2(s - safe[:, None])
+        shrink = gl.exp2(top - safe)
+        total = total * shrink + gl.sum(s, 1)
+        top = above
+        if DV2 > 0:
+            o1, o2, p = warpgroup_mma_wait(0, deps=[o1, o2, p])
+            o2 = o2 * gl.convert_layout(shrink, gl.SliceLayout(1, out2))[:, None]
+        else:
+            o1, p = warpgroup_mma_wait(0, deps=[o1, p])
+        o1 = o1 * gl.convert_layout(shrink, gl.SliceLayout(1, out1))[:, None]
+        p = gl.convert_layout(s.to(dtype), left1)
+        _barrier()  # all have read what is overwritten now
+        if j + STAGES < tiles:
+            _fetch(k1_desc, k2_desc, start + (j + STAGES) * BN, g * k_head, k_bar.index(slot), k1.index(slot),
+                   k2.index(slot), DK1, DK2, BN)  # fmt: skip
+        if (j > 0) & (j - 1 + STAGES < tiles):
+            _fetch(v1_desc, v2_desc, start + (j - 1 + STAGES) * BN, g * v_head, v_bar.index(before),
+                   v1.index(before), v2.index(before), DV1, DV2, BN)  # fmt: skip
+
+    safe = gl.where(total > 0, total, 1.0)
+    if tiles == 0:
+        o1, o2 = gl.zeros_like(o1), gl.zeros_like(o2)
+    lse = gl.where(total > 0, (top + gl.log2(safe)) / LOG2E, float("-inf"))
+    gl.store(lse_ptr + row, lse, mask=here)
+    _store_out(o_ptr, o1, 1.0 / safe, m_begin, queries, heads, g, R, BM, DV, 0, DV1, out1)
+    if DV2 > 0:
+        _store_out(o_ptr, o2, 1.0 / safe, m_begin, queries, heads, g, R, BM, DV, DV1, DV2, out2)
+
+
+@gluon.jit
+def _store_out(
+    o_ptr, o, factor, m_begin, queries, heads, g,
+    R: gl.constexpr, BM: gl.constexpr, DV: gl.constexpr, START: gl.constexpr, WIDTH: gl.constexpr,
+    layout: gl.constexpr,
+):  # fmt: skip
+    m = m_begin + gl.arange(0, BM, gl.SliceLayout(1, layout))
+    row = (m // R).to(gl.int64) * heads + g * R + m % R
+    d = START + gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
+    o = o * gl.convert_layout(factor, gl.SliceLayout(1, layout))[:, None]
+    mask = (m // R < queries)[:, None] & (d < DV)[None, :]
+    gl.store(o_ptr + row[:, None] * DV + d[None, :], o.to(o_ptr.dtype.element_ty), mask=mask)
+
+
+@gluon.jit
+def score_sums_kernel(
+    k1_desc, k2_desc, q_ptr, lse_ptr, lo_ptr, hi_ptr, bounds_ptr, sums_ptr, first_tile, heads, groups, k_head, width,
+    scale,
+    R: gl.constexpr, RP: gl.constexpr, DK: gl.constexpr, DK1: gl.constexpr, DK2: gl.constexpr,
+    BT: gl.constexpr, BN: gl.constexpr, PART: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """As `scores.score_sums_kernel`."""
+    BM: gl.constexpr = BT * RP
+    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BM, 16])
+    copy: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [num_warps, 1], [1, 0])
+    dtype: gl.constexpr = k1_desc.dtype
+    tile, g = gl.program_id(0), gl.program_id(1)
+    begin = gl.load(bounds_ptr + 2 * (first_tile + tile)).to(gl.int32)
+    stop = gl.load(bounds_ptr + 2 * (first_tile + tile) + 1).to(gl.int32)
+    low = gl.load(lo_ptr + begin).to(gl.int32)  # of the document's first compressed token
+    all_see = gl.load(hi_ptr + begin).to(gl.int32) - low
+    first = gl.program_id(2) * PART
+    end = gl.minimum(gl.load(hi_ptr + stop - 1).to(gl.int32) - low, first + PART)
+    tiles = (end - first + BN - 1) // BN
+    if tiles > 0:
+        k1 = gl.allocate_shared_memory(dtype, [STAGES, BN, DK1], k1_desc.layout)
+        k2 = gl.allocate_shared_memory(dtype, [STAGES, BN if DK2 > 0 else 8, DK2 if DK2 > 0 else 64], k2_desc.layout)
+        bar = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(STAGES):
+            mbarrier.init(bar.index(i), count=1)
+        fence_async_shared()
+        for i in gl.static_range(STAGES):
+            if i < tiles:
+                _fetch(k1_desc, k2_desc, low + first + i * BN, g * k_head, bar.index(i), k1.index(i), k2.index(i),
+                       DK1, DK2, BN)  # fmt: skip
+        q1 = gl.allocate_shared_memory(dtype, [BM, DK1], k1_desc.layout)
+        q2 = gl.allocate_shared_memory(dtype, [BM if DK2 > 0 else 8, DK2 if DK2 > 0 else 64], k2_desc.layout)
+        here_q, row_q, _ = _columns(begin, stop, heads, g, R, RP, BM, gl.SliceLayout(1, copy))
+        _put_rows(q_ptr, row_q, here_q, q1, DK, 0, DK1, copy)
+        if DK2 > 0:
+            _put_rows(q_ptr, row_q, here_q, q2, DK, DK1, DK2, copy)
+        fence_async_shared()
+        here, row, s_M = _columns(begin, stop, heads, g, R, RP, BM, gl.SliceLayout(0, scores))
+        lse2 = gl.load(lse_ptr + row, mask=here, other=float("inf")) * LOG2E
+        lse2 = gl.where(lse2 == float("-inf"), float("inf"), lse2)
+        seen = gl.load(hi_ptr + s_M, mask=here, other=0).to(gl.int32) - low
+        to_ptr = sums_ptr + (tile.to(gl.int64) * groups + g) * BT * width
+        factor = scale * LOG2E
+        _barrier()
+
+        mbarrier.wait(bar.index(0), 0)
+        s = _key_products(k1, k2, q1, q2, 0, DK2, BN, BM, scores)
+        s = warpgroup_mma_wait(0, deps=[s])
+        for j in range(tiles):
+            _barrier()  # all have read what is overwritten now
+            if j + STAGES < tiles:
+                slot = j % STAGES
+                _fetch(k1_desc, k2_desc, low + first + (j + STAGES) * BN, g * k_head, bar.index(slot),
+                       k1.index(slot), k2.index(slot), DK1, DK2, BN)  # fmt: skip
+            if j + 1 < tiles:
+                mbarrier.wait(bar.index((j + 1) % STAGES), ((j + 1) // STAGES) & 1)
+            following = _key_products(k1, k2, q1, q2, (j + 1) % STAGES, DK2, BN, BM, scores)
+            n0 = first + j * BN
+            p = gl.exp2(s * factor - lse2[None, :])
+            if n0 + BN > all_see:
+                n = n0 + gl.arange(0, BN, gl.SliceLayout(1, scores))
+                p = gl.where(n[:, None] < seen[None, :], p, 0.0)
+            u = gl.sum(gl.reshape(p, [BN, BT, RP]), 2)
+            layout: gl.constexpr = u.type.layout
+            n = n0 + gl.arange(0, BN, gl.SliceLayout(1, layout))
+            t = gl.arange(0, BT, gl.SliceLayout(0, layout))
+            gl.store(to_ptr + t[None, :] * width + n[:, None], u, mask=(n < end)[:, None])
+            s = warpgroup_mma_wait(0, deps=[following])
+
+
+@gluon.jit
+def _columns(
+    begin, stop, heads, g, R: gl.constexpr, RP: gl.constexpr, BM: gl.constexpr, layout: gl.constexpr
+):  # fmt: skip
+    column = gl.arange(0, BM, layout)
+    s = begin + column // RP
+    here = (s < stop) & (column % RP < R)
+    return here, s.to(gl.int64) * heads + g * R + column % RP, s
+
+
+@gluon.jit
+def _key_products(
+    k1, k2, q1, q2, slot, DK2: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, layout: gl.constexpr
+):  # fmt: skip
+    """Starts S^T = K Q^T."""
+    s = gl.zeros([BN, BM], gl.float32, layout)
+    s = warpgroup_mma(k1.index(slot), q1.permute((1, 0)), s, use_acc=False, is_async=True)
+    if DK2 > 0:
+        s = warpgroup_mma(k2.index(slot), q2.permute((1, 0)), s, is_async=True)
+    return s
+
+
+def takes(q: Tensor, *kv: Tensor) -> bool:
+    """Whether these kernels compute such tensors (the others do what they don't)."""
+    if target(q.device) != "sm_90" or q.element_size() != 2 or any(len(x) == 0 for x in kv):
+        return False
+    for x in kv:
+        parts = pieces("", x.shape[-1])
+        aligned = x.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in x.stride()[:-1]) and x.stride(-1) == 1
+        if not aligned or x.shape[-1] not in (64, 96, 128, 192, 256) or parts["D1"] + parts["D2"] != x.shape[-1]:
+            return False
+    return True
+
+
+def descriptors(x_NGD: Tensor, rows: int) -> list[TensorDescriptor]:
+    """For tiles of `rows` rows of one head, in two pieces; the head is a column."""
+    size, parts = x_NGD.shape[-1], pieces("", x_NGD.shape[-1])
+    dtype = gl.bfloat16 if x_NGD.dtype == torch.bfloat16 else gl.float16
+    columns = (x_NGD.shape[1] - 1) * x_NGD.stride(1) + size
+    made = []
+    for width in (parts["D1"], parts["D2"] or parts["D1"]):
+        block = [rows, width]
+        layout: Any = gl.NVMMASharedLayout.get_default_for(block, dtype)
+        made.append(TensorDescriptor(x_NGD, [len(x_NGD), columns], [x_NGD.stride(0), 1], block, layout))
+    return made
+
+
+def range_forward(q: Tensor, k: Tensor, v: Tensor, ranges: Ranges, scale: float, o: Tensor, lse: Tensor) -> None:
+    """`ranged.range_forward` into o and lse, where `takes(q, k, v)`."""
+    (s, h, dk), (_, groups, dv) = q.shape, v.shape
+    meta = tuned("hopper_forward", q, dk, dv)
+    count_launch("range_forward")
+    range_forward_kernel[(triton.cdiv(s * (h // groups), meta["BM"]), groups)](
+        *descriptors(k, meta["BN"]), *descriptors(v, meta["BN"]), q, ranges.lo_S, ranges.hi_S, o, lse, s, h,
+        k.stride(1), v.stride(1), scale, R=h // groups, **head_sizes(dk, dv), BM=meta["BM"], BN=meta["BN"],
+        STAGES=meta["num_stages"], num_warps=meta["num_warps"])  # fmt: skip
