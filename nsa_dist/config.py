@@ -21,7 +21,7 @@ CHOICES = {
     "train.schedule": ("cosine", "constant_decay"),
     "train.activation_checkpoint": ("none", "layer"),
     "parallel.layout": ("contiguous", "zigzag"),
-    "parallel.exchange": ("nsa", "allgather", "groupcast", "ulysses"),
+    "parallel.exchange": ("nsa", "allgather", "allgather_heads", "groupcast", "ulysses"),
     "parallel.full_exchange": ("ring", "allgather", "ulysses"),
     "parallel.grad_dtype": ("float32", "bfloat16", "float64"),
     "nsa.compression": ("mlp", "mean"),

@@ -28,11 +28,19 @@ class NSAExchange(Operation):
     `allgather` every block; compressed tokens and halos are the same for all three.
 
     max_bytes bounds the fetched KV held at a time (0: no bound); then it is fetched in rounds, and once more
-    in the backward.
+    in the backward. picks [S, G, n]: a prescribed selection, for measurements; the scores are computed all the same.
     """
 
-    def __init__(self, sequence: ShardedSequence, scale: float, exchange: str = "nsa", max_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        sequence: ShardedSequence,
+        scale: float,
+        exchange: str = "nsa",
+        max_bytes: int = 0,
+        picks: Tensor | None = None,
+    ) -> None:
         self.sequence, self.scale, self.exchange, self.max_bytes = sequence, scale, exchange, max_bytes
+        self.prescribed = picks
 
     def forward(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = inputs
@@ -47,6 +55,8 @@ class NSAExchange(Operation):
         got_cmp = sent_cmp.wait()
         compressed = unpack(seq.compressed.buffer(pack(k_cmp, v_cmp), got_cmp), k_cmp, v_cmp)
         o_cmp, lse_cmp, picks = local.compressed_forward(q, *compressed, seq.compressed_view, seq.packing.spec, scale)
+        if self.prescribed is not None:
+            picks = self.prescribed.clone()  # an operator's output is no tensor of somebody else's
 
         sent_bits = self._start_bitmaps(picks)
         rows = head_rows(k_slc), head_rows(v_slc)

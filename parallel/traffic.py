@@ -58,7 +58,7 @@ class TrafficModel:
             need = dense_pieces(self.pieces, self.sizes.groups, causal=exchange == "groupcast")
         counts = piece_counts(self.pieces, need, self.layout.ranks)
         traffic |= self._both("selected", counts, self.sizes.dk + self.sizes.dv)
-        if refetch:
+        if refetch or exchange == "allgather_heads":
             forward = traffic["selected", "forward"]
             traffic["refetch", "backward"] = forward
         return traffic
