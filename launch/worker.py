@@ -1,10 +1,8 @@
 """One rank: a Ray actor that runs the given function in one thread and hands out its reports in another."""
 
-import ctypes
 import os
 import pickle
 import queue
-import signal
 import socket
 import sys
 import time
@@ -15,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ray import cloudpickle
+
+from nsa_dist.stop import die_with_parent
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Worker:
     """The actor. `run`, `reports` and `stop` are called at the same time (max_concurrency=3)."""
 
     def __init__(self, log: str, threads: int) -> None:
-        _die_with_parent()
+        die_with_parent()
         _redirect_output(Path(log))
         os.environ["OMP_NUM_THREADS"] = str(threads)  # read when torch is imported, below
         loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
@@ -99,13 +99,6 @@ class Worker:
         with process_group(store, group.rank, group.world_size, group.device, 0, group.timeout_s):
             result = fn(*args, report=self._report)
         return pickle.dumps(result)
-
-
-def _die_with_parent() -> None:
-    """The kernel kills this process when its parent, Ray's node process, ends, however it ends."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1  # <sys/prctl.h>
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def _redirect_output(log: Path) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nsa_dist import __version__
+from nsa_dist.bench_cli import add_bench
 from nsa_dist.console import Console
 from nsa_dist.stop import Stopped, Terminated
 
@@ -42,13 +43,6 @@ _PREPARE_EPILOG = """\
 examples:
   nsa-dist prepare configs/cpu-demo.yaml
   nsa-dist prepare my.yaml data.source=corpus.jsonl data.tokenizer=tokenizer.json"""
-
-
-_BENCH_EPILOG = """\
-examples:
-  nsa-dist bench kernels                        8k and 64k tokens at the paper's shape, against full attention
-  nsa-dist bench kernels --parts --tokens 65536 --rows rows.jsonl --chart times.png
-  nsa-dist bench kernels --draw rows.jsonl --chart times.png"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -119,44 +113,13 @@ def _parser() -> argparse.ArgumentParser:
     report = command("report", _report, "prints what a run did and what it sent, against every rival")
     report.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run's folder (run.dir)")
     report.add_argument("--picture", type=Path, metavar="FILE.png", help="also draws losses and bytes received")
-    bench = command("bench", _bench, "measures kernels against their rivals", epilog=_BENCH_EPILOG)
-    bench.add_argument("what", choices=["kernels"], help="kernels: NSA and full attention on one GPU")
-    bench.add_argument("--tokens", default="8192,65536", metavar="T,...", help="lengths (8192,65536)")
-    bench.add_argument("--heads", default="64", metavar="H", help="query heads (64)")
-    bench.add_argument("--kv-heads", default="4", metavar="G", help="KV heads (4)")
-    bench.add_argument("--dims", default="192,128", metavar="DK,DV", help="head sizes (192,128)")
-    bench.add_argument("--dtype", default="bfloat16", metavar="TYPE", help="bfloat16, float16 or float32")
-    bench.add_argument("--parts", action="store_true", help="also each branch, on four kinds of selections")
-    bench.add_argument("--full-max", default="131072", metavar="T", help="no full attention above (131072)")
-    bench.add_argument("--rows", type=Path, metavar="FILE", help="writes a JSON line for each measurement")
-    bench.add_argument("--chart", type=Path, metavar="FILE.png", help="draws time against length")
-    bench.add_argument("--draw", type=Path, metavar="ROWS", help="measures nothing: draws a file of rows (--chart)")
+    bench = command("bench", _bench, "measures kernels and exchanges against their rivals")
+    add_bench(bench.add_subparsers(title="what", metavar="WHAT", required=True), raw)
     return parser
 
 
 def _bench(args: argparse.Namespace) -> None:
-    from nsa_dist.bench_kernels import TYPES, Shape, bench_kernels, draw, read_rows
-    from nsa_dist.config import ConfigError
-
-    def numbers(name: str, count: int = 0) -> list[int]:
-        words = getattr(args, name.replace("-", "_")).split(",")
-        if not all(w.isdecimal() and int(w) > 0 for w in words) or (count and len(words) != count):
-            many = f"{count} positive integers" if count else "positive integers"
-            raise ConfigError(f"--{name} {','.join(words)}: must be {many}")
-        return [int(w) for w in words]
-
-    if args.draw and not args.chart:
-        raise ConfigError(f"--draw {args.draw}: needs --chart FILE.png")
-    if args.dtype not in TYPES:
-        raise ConfigError(f"--dtype {args.dtype}: must be one of {', '.join(TYPES)}")
-    (heads,), (groups,), dims = numbers("heads", 1), numbers("kv-heads", 1), numbers("dims", 2)
-    if heads % groups:
-        raise ConfigError(f"--heads {heads}: must be a multiple of --kv-heads {groups}")
-    shapes = [Shape(t, heads, groups, dims[0], dims[1], args.dtype) for t in numbers("tokens")]
-    longest = numbers("full-max", 1)[0]
-    rows = read_rows(args.draw) if args.draw else bench_kernels(shapes, Console().say, args.rows, args.parts, longest)
-    if args.chart:
-        draw(rows, args.chart)
+    args.bench(args, Console())
 
 
 def _train(args: argparse.Namespace) -> None:

@@ -1,0 +1,140 @@
+"""`nsa-dist bench`: its words, checked, to the benchmark that they name."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from nsa_dist.console import Console
+
+_KERNELS_EPILOG = """\
+examples:
+  nsa-dist bench kernels                        8k and 64k tokens at the paper's shape, against full attention
+  nsa-dist bench kernels --parts --tokens 65536 --rows rows.jsonl --chart times.png
+  nsa-dist bench kernels --draw rows.jsonl --chart times.png"""
+_COMM = """\
+Runs one attention layer, forward and backward, on N ranks under each exchange: bytes by kind inside and between
+nodes, time, time exposed, memory. Ranks are processes of this machine (gloo; NCCL with a GPU for each); under
+torchrun those that are there."""
+_COMM_EPILOG = """\
+examples:
+  nsa-dist bench comm --ranks 4 --tokens 8192 --heads 4 --dims 32,32
+  nsa-dist bench comm --ranks 8 --layout contiguous,zigzag --selection trained,adversarial --json rows.jsonl
+  torchrun --nproc-per-node 8 -m nsa_dist bench comm --tokens 65536 --heads 64 --kv-heads 4"""
+
+
+def add_bench(whats: Any, form: Any) -> None:
+    """Adds the parsers of each benchmark; `args.bench(args, console)` runs it."""
+
+    def add(name: str, run: Any, summary: str, **more: Any) -> argparse.ArgumentParser:
+        parser = whats.add_parser(name, help=summary, formatter_class=form, **{"description": summary} | more)
+        parser.set_defaults(bench=run)
+        return parser
+
+    kernels = add("kernels", _kernels, "NSA and full attention on one GPU", epilog=_KERNELS_EPILOG)
+    kernels.add_argument("--tokens", default="8192,65536", metavar="T,...", help="lengths (8192,65536)")
+    kernels.add_argument("--heads", default="64", metavar="H", help="query heads (64)")
+    kernels.add_argument("--kv-heads", default="4", metavar="G", help="KV heads (4)")
+    kernels.add_argument("--dims", default="192,128", metavar="DK,DV", help="head sizes (192,128)")
+    kernels.add_argument("--dtype", default="bfloat16", metavar="TYPE", help="bfloat16, float16 or float32")
+    kernels.add_argument("--parts", action="store_true", help="also each branch, on four kinds of selections")
+    kernels.add_argument("--full-max", default="131072", metavar="T", help="no full attention above (131072)")
+    kernels.add_argument("--rows", type=Path, metavar="FILE", help="writes a JSON line for each measurement")
+    kernels.add_argument("--chart", type=Path, metavar="FILE.png", help="draws time against length")
+    kernels.add_argument("--draw", type=Path, metavar="ROWS", help="measures nothing: draws a file of rows (--chart)")
+    comm = add("comm", _comm, "every exchange, on several ranks", description=_COMM, epilog=_COMM_EPILOG)
+    comm.add_argument("--ranks", default="4", metavar="N,...", help="ranks that share the sequence (4)")
+    comm.add_argument("--tokens", default="4096", metavar="T,...", help="lengths (4096)")
+    comm.add_argument("--heads", metavar="H", help="query heads (16 times the KV heads)")
+    comm.add_argument("--kv-heads", metavar="G", help="KV heads (2, those of the packaged trace)")
+    comm.add_argument("--dims", default="192,128", metavar="DK,DV", help="head sizes (192,128)")
+    comm.add_argument("--dtype", default="bfloat16", metavar="TYPE", help="bfloat16 or float32")
+    comm.add_argument("--layout", default="contiguous", metavar="L,...", help="contiguous, zigzag (contiguous)")
+    comm.add_argument("--exchange", default="all", metavar="E,...", help="which ones (all)")
+    comm.add_argument("--selection", default="random", metavar="S,...", help="random, trained, adversarial (random)")
+    comm.add_argument("--trace", type=Path, metavar="FILE", help=".npz of trained selections (the packaged one)")
+    comm.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda")
+    comm.add_argument("--repeats", default="3", metavar="R", help="timed runs; the median counts (3)")
+    comm.add_argument("--json", type=Path, metavar="FILE", help="writes a JSON line for each measurement")
+
+
+def _kernels(args: argparse.Namespace, console: Console) -> None:
+    from nsa_dist.bench_kernels import TYPES, Shape, bench_kernels, draw, read_rows
+    from nsa_dist.config import ConfigError
+
+    if args.draw and not args.chart:
+        raise ConfigError(f"--draw {args.draw}: needs --chart FILE.png")
+    dtype = choices("--dtype", args.dtype, TYPES, 1)[0]
+    (heads,), (groups,) = numbers("--heads", args.heads, 1), numbers("--kv-heads", args.kv_heads, 1)
+    dk, dv = numbers("--dims", args.dims, 2)
+    _check_heads(heads, groups)
+    shapes = [Shape(t, heads, groups, dk, dv, dtype) for t in numbers("--tokens", args.tokens)]
+    longest = numbers("--full-max", args.full_max, 1)[0]
+    rows = read_rows(args.draw) if args.draw else bench_kernels(shapes, console.say, args.rows, args.parts, longest)
+    if args.chart:
+        draw(rows, args.chart)
+
+
+def _comm(args: argparse.Namespace, console: Console) -> None:
+    from nsa_dist.bench_comm import DTYPES, EXCHANGES, Case, bench_comm
+    from nsa_dist.config import ConfigError
+    from nsa_dist.kernels import NSASpec
+    from nsa_dist.parallel.layout import LAYOUTS
+    from nsa_dist.picks import SELECTIONS, open_trace
+    from nsa_dist.traces import NEEDS_64K
+
+    (groups,) = numbers("--kv-heads", args.kv_heads or "2", 1)
+    (heads,) = numbers("--heads", args.heads or str(16 * groups), 1)
+    dk, dv = numbers("--dims", args.dims, 2)
+    _check_heads(heads, groups)
+    dtype = choices("--dtype", args.dtype, DTYPES, 1)[0]
+    exchanges = choices("--exchange", ",".join(EXCHANGES) if args.exchange == "all" else args.exchange, EXCHANGES)
+    device = choices("--device", args.device, ("auto", "cpu", "cuda"), 1)[0]
+    selections = choices("--selection", args.selection, SELECTIONS)
+    longest = open_trace(args.trace or NEEDS_64K).tokens if "trained" in selections else 0
+    cases = []
+    for ranks in numbers("--ranks", args.ranks):
+        for tokens in numbers("--tokens", args.tokens):
+            if "trained" in selections and tokens > longest:
+                raise ConfigError(
+                    f"--tokens {tokens}: must be at most {longest}, the trace's, for --selection trained"
+                )
+            for layout in choices("--layout", args.layout, LAYOUTS):
+                least = (ranks * (2 if layout == "zigzag" else 1) - 1) * NSASpec().select_block + 1
+                if tokens < least:
+                    raise ConfigError(f"--tokens {tokens}: must be at least {least} for {ranks} ranks, {layout}")
+                for selection in selections:
+                    cases += [
+                        Case(name, ranks, layout, selection, tokens, heads, groups, dk, dv, dtype, args.trace)
+                        for name in exchanges
+                    ]
+    bench_comm(cases, device, numbers("--repeats", args.repeats, 1)[0], args.json, console.say)
+
+
+def _check_heads(heads: int, groups: int) -> None:
+    from nsa_dist.config import ConfigError
+
+    if heads % groups:
+        raise ConfigError(f"--heads {heads}: must be a multiple of --kv-heads {groups}")
+
+
+def numbers(flag: str, text: str, count: int = 0) -> list[int]:
+    """Positive integers with commas between them, `count` of them (0: any number). Raises ConfigError."""
+    from nsa_dist.config import ConfigError
+
+    words = text.split(",")
+    if not all(w.isdecimal() and int(w) > 0 for w in words) or (count and len(words) != count):
+        many = (
+            ("a positive integer" if count == 1 else f"{count} positive integers") if count else "positive integers"
+        )
+        raise ConfigError(f"{flag} {text}: must be {many}")
+    return [int(w) for w in words]
+
+
+def choices(flag: str, text: str, allowed: Any, count: int = 0) -> list[str]:
+    """Words with commas between them, each one of `allowed`. Raises ConfigError."""
+    from nsa_dist.config import ConfigError
+
+    words = text.split(",")
+    if not all(w in allowed for w in words) or (count and len(words) != count):
+        raise ConfigError(f"{flag} {text}: must be {'one' if count == 1 else 'some'} of {', '.join(allowed)}")
+    return words

@@ -1,0 +1,269 @@
+"""`nsa-dist bench comm`: one attention layer on several ranks, under every exchange, on the same inputs.
+
+A row is one exchange: bytes by kind from the ledger, times of forward and backward (of the slowest rank, median),
+the part of the communication that stood in the way and the part that was hidden, peak memory of a rank.
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
+
+from nsa_dist.bench_rows import Row, Rows, traffic_row
+from nsa_dist.config import ConfigError
+from nsa_dist.device_trace import Communication, traced
+from nsa_dist.kernels import NSASpec
+from nsa_dist.kernels.compress import compress_mlp
+from nsa_dist.kernels.packing import Packing
+from nsa_dist.memory import Peak
+from nsa_dist.parallel.attention import CompressHalo, pack, unpack
+from nsa_dist.parallel.exchanges import full_exchange, nsa_exchange
+from nsa_dist.parallel.layout import make_layout
+from nsa_dist.parallel.ledger import as_table
+from nsa_dist.parallel.mesh import Axis, Mesh, make_mesh
+from nsa_dist.parallel.operator import apply
+from nsa_dist.parallel.sequence import ShardedSequence
+from nsa_dist.parallel.traffic import Sizes
+from nsa_dist.picks import prescribed
+from nsa_dist.process import choose_device, process_group
+from nsa_dist.ranks import Ranks
+from nsa_dist.torchrun import under_torchrun
+
+EXCHANGES = ("nsa", "allgather", "allgather_heads", "groupcast", "ulysses", "ring")
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+SPEC = NSASpec()
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer under one exchange. `ring`: full attention over one branch's KV, the others NSA."""
+
+    exchange: str
+    ranks: int
+    layout: str
+    selection: str  # Ulysses and the ring take none: the first selects by its own scores
+    tokens: int
+    heads: int
+    groups: int
+    dk: int
+    dv: int
+    dtype: str
+    trace: Path | None = None
+
+    @property
+    def sizes(self) -> Sizes:
+        """Gradients travel in float32."""
+        return Sizes(self.heads, self.groups, self.dk, self.dv, DTYPES[self.dtype].itemsize, 4)
+
+    @property
+    def impossible(self) -> str:
+        """Why it can't run, or ""."""
+        if self.exchange == "ulysses" and self.groups % self.ranks:
+            return f"ulysses: {self.ranks} ranks don't divide {self.groups} KV heads"
+        return ""
+
+
+def bench_comm(
+    cases: list[Case], device: str, repeats: int, file: Path | None, say: Callable[[str], None]
+) -> list[Row]:
+    """Runs every case; each row is printed and written when it is known.
+
+    Under torchrun on the processes that are there, else on processes of this machine. Raises ConfigError for more
+    ranks than the machine has GPUs, RunFailed for a rank that fails; every process has ended then.
+    """
+    if under_torchrun(os.environ):
+        return _under_torchrun(cases, device, repeats, file, say)
+    placed = choose_device(device, max(case.ranks for case in cases))
+    rows = Rows(file)
+    for ranks in sorted({case.ranks for case in cases}):
+        with Ranks(ranks, placed) as pool:
+            for case in [case for case in cases if case.ranks == ranks]:
+                if case.impossible:
+                    say(f"  not run: {case.impossible}")
+                    continue
+                say(line(rows.add(pool.call(measure, case, repeats)[0])))
+    return rows.rows
+
+
+def _under_torchrun(
+    cases: list[Case], device: str, repeats: int, file: Path | None, say: Callable[[str], None]
+) -> list[Row]:
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if any(case.ranks != world_size for case in cases):
+        raise ConfigError(f"--ranks {cases[0].ranks}: must be {world_size}, the processes that torchrun started")
+    local_rank = int(os.environ["LOCAL_RANK"])
+    placed = choose_device(device, int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1)))
+    rows = Rows(file if rank == 0 else None)
+    store, _, _ = next(rendezvous("env://"))
+    with process_group(store, rank, world_size, placed, local_rank, 600):
+        mesh = make_mesh(1, world_size, 0, placed)
+        for case in cases:
+            if case.impossible:
+                if rank == 0:
+                    say(f"  not run: {case.impossible}")
+                continue
+            row = rows.add(measure(mesh, case, repeats))
+            if rank == 0:
+                say(line(row))
+    return rows.rows
+
+
+def measure(mesh: Mesh, case: Case, repeats: int) -> Row:
+    """The case's row, the same on every rank of the mesh's cp axis; all of them call it together."""
+    axis, device = mesh.cp, torch.device(mesh.parameters.device_type)
+    layer = Layer(case, axis, device)
+    axis.ledger.take()
+    peak = Peak(device)
+    layer.forward()
+    layer.backward()  # warm: kernels are compiled, communicators made, plans known
+    peak_bytes = peak.bytes()
+    tables = _gathered(as_table(axis.ledger.take()), axis)
+    times, exposed = [], []
+    for _ in range(repeats):
+        times.append(_slowest([_timed(layer.forward, device), _timed(layer.backward, device)]))
+        exposed.append(sum(totals.exposed_s for totals in axis.ledger.take().values()))
+    row: Row = {key: value for key, value in asdict(case).items() if key != "trace"}
+    row |= traffic_row(tables, case.tokens, case.sizes)
+    forward, backward = (statistics.median(x) for x in zip(*times, strict=True))
+    row |= {"forward_ms": 1e3 * forward, "backward_ms": 1e3 * backward}
+    row["tokens_per_s"] = case.tokens / (forward + backward)
+    row |= _communication(layer, axis, device, statistics.median(exposed))
+    row |= {"peak_bytes_mean": float(np.mean(every(peak_bytes))), "peak_bytes_max": max(every(peak_bytes))}
+    row |= {"device": _name(device), "torch": torch.__version__, "repeats": repeats}
+    return row
+
+
+class Layer:
+    """One attention layer of a case on this rank, from q, k, v and gates: compression, exchange, attention."""
+
+    def __init__(self, case: Case, axis: Axis, device: torch.device) -> None:
+        self.case, packing = case, Packing(np.array([0, case.tokens]), SPEC)
+        layout = make_layout(case.layout, case.tokens, axis.size, SPEC.select_block)
+        self.sequence = ShardedSequence(packing, layout, axis, device, torch.float32)
+        self.dtype = DTYPES[case.dtype]
+        self.generator = torch.Generator(device).manual_seed(axis.rank)
+        rows, heads, groups = len(self.sequence.tokens), case.heads, case.groups
+        self.q = self._random(rows, heads, case.dk)
+        branches = 1 if case.exchange == "ring" else 3
+        self.kv = [self._random(rows, groups, d) for _ in range(branches) for d in (case.dk, case.dv)]
+        self.leaves = [self.q, *self.kv]
+        if case.exchange == "ring":
+            self.operation = full_exchange("ring", self.sequence, case.dk**-0.5)
+        else:
+            self.gates = torch.sigmoid(self._random(rows, heads, 3))
+            self.weights = [self._weights(case.dk), self._weights(case.dv)]
+            self.leaves += [self.gates, *self.weights[0], *self.weights[1]]
+            picks = None
+            if case.exchange != "ulysses":
+                chosen = prescribed(case.selection, self.sequence.tokens, groups, SPEC, case.trace)
+                picks = torch.from_numpy(chosen).to(device)
+            self.operation = nsa_exchange(case.exchange, self.sequence, case.dk**-0.5, picks=picks)
+        self.leaves = [x.requires_grad_() for x in self.leaves]
+        self.do = self._random(rows, heads, case.dv)
+        self.out: Tensor | None = None
+
+    def forward(self) -> None:
+        self.out = None  # the last one's memory
+        if self.case.exchange == "ring":
+            self.out = apply(self.operation, self.q, *self.kv)
+            return
+        k, v, *others = self.kv
+        halo = self.sequence.compress_halo
+        buffer = unpack(apply(CompressHalo(halo), pack(k, v)), k, v)
+        first = self.sequence.compress_first_C
+        k_cmp, v_cmp = (_compress(x, first, *w) for x, w in zip(buffer, self.weights, strict=True))
+        self.out = apply(self.operation, self.q, k_cmp, v_cmp, *others, self.gates)
+
+    def backward(self) -> None:
+        assert self.out is not None
+        torch.autograd.grad(self.out, self.leaves, self.do)
+        self.out = None
+
+    def _random(self, *sizes: int) -> Tensor:
+        return torch.randn(*sizes, device=self.sequence.device, dtype=self.dtype, generator=self.generator)
+
+    def _weights(self, d: int) -> list[Tensor]:
+        l = SPEC.compress_block
+        sizes: list[tuple[int, ...]] = [(l, d), (2 * d, l * d), (2 * d,), (d, 2 * d), (d,)]
+        made = [self._random(*size) for size in sizes]
+        return [w * (l * d) ** -0.5 if w.dim() == 2 else w for w in made]
+
+
+def _compress(x: Tensor, first: Tensor, position: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    return compress_mlp(x, first, position, w1, b1, w2, b2, SPEC)
+
+
+def line(row: Row) -> str:
+    """A row for people."""
+    share = row["share_of_allgather"]
+    of = (
+        f" ({share:5.1%} of the all-gather, at most {row['share_of_allgather_max']:.1%})" if share is not None else ""
+    )
+    hidden = f"{row['hidden_ms']:.1f}" if row["hidden_ms"] is not None else "?"
+    exposed = f"{row['exposed_ms']:.1f}" if row["exposed_ms"] is not None else "?"
+    return (
+        f"  {row['exchange']:15s} P={row['ranks']} {row['layout']:10s} {row['selection']:11s} T={row['tokens']:<8d}"
+        f" received {row['received_bytes_mean'] / 2**20:9.2f} MiB{of}"
+        f"  {row['forward_ms']:9.1f} + {row['backward_ms']:9.1f} ms, exposed {exposed}, hidden {hidden}"
+        f"  {row['tokens_per_s']:11,.0f} tok/s  {row['peak_bytes_max'] / 2**30:6.2f} GiB"
+    )
+
+
+def every(value: Any) -> list[Any]:
+    """Each rank's value, in rank order."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def _gathered(table: Any, axis: Axis) -> Any:
+    return np.stack(every(table))
+
+
+def _slowest(seconds: list[float]) -> list[float]:
+    return [max(x) for x in zip(*every(seconds), strict=True)]
+
+
+def _timed(fn: Callable[[], None], device: torch.device) -> float:
+    _together(device)
+    start = time.perf_counter()
+    fn()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _together(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    dist.all_reduce(torch.zeros(1))  # on the CPU, by gloo
+
+
+def _communication(layer: Layer, axis: Axis, device: torch.device, exposed_s: float) -> Row:
+    """Times exposed and hidden, of the rank with most exposed; and what NCCL says that it was given."""
+    if device.type == "cpu":
+        worst = max(every(exposed_s))
+        return {"exposed_ms": 1e3 * worst, "hidden_ms": None, "nccl": None}
+
+    def both() -> None:
+        layer.forward()
+        layer.backward()
+
+    _together(device)
+    found: list[Communication] = every(traced(both, axis.rank))
+    axis.ledger.take()
+    worst = max(found, key=lambda c: c.exposed_ms)
+    return {"exposed_ms": worst.exposed_ms, "hidden_ms": worst.hidden_ms, "nccl": [asdict(c) for c in found]}
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name() if device.type == "cuda" else "cpu, gloo"
