@@ -17,20 +17,10 @@ from typing import Any
 from nsa_dist.config import Config
 from nsa_dist.console import Console
 from nsa_dist.launch.guard import __file__ as guard_file
+from nsa_dist.launch.settings import OBJECT_STORE_BYTES, RAY_SETTINGS
 from nsa_dist.process import choose_device, cores
 from nsa_dist.session import session
 from nsa_dist.stop import stop_on_signal
-
-# Ray reads these when it is imported and when it starts its processes; there are no arguments for them.
-_RAY_SETTINGS = {
-    "RAY_AUTH_MODE": "token",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux too: every process listens on 127.0.0.1 alone
-    "RAY_memory_monitor_refresh_ms": "0",  # the kernel, not Ray, says when memory is out
-    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # the controller tells of deaths; Ray's paragraphs on them are skipped
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # an actor that asks for no GPU sees none
-}
-_OBJECT_STORE_BYTES = 80 * 2**20  # about Ray's least: only functions and results go through it
 
 
 def train_local(config: Config, console: Console) -> None:
@@ -94,7 +84,7 @@ def private_ray(workers: int, gpus: int) -> Iterator[None]:
                 address="local",
                 num_cpus=max(workers, cores()),
                 num_gpus=gpus,
-                object_store_memory=_OBJECT_STORE_BYTES,
+                object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
@@ -126,7 +116,7 @@ def _ray_environment() -> Iterator[None]:
     for name in before:
         if name.startswith("RAY_"):
             del os.environ[name]
-    os.environ.update(_RAY_SETTINGS, RAY_AUTH_TOKEN=_token())
+    os.environ.update(RAY_SETTINGS, RAY_AUTH_TOKEN=_token())
     try:
         yield
     finally:
