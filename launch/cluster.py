@@ -8,18 +8,17 @@ import json
 import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from nsa_dist.config import ConfigError
+from nsa_dist.launch.processes import kill_tree
 from nsa_dist.launch.settings import OBJECT_STORE_BYTES, RAY_SETTINGS
 
 
@@ -105,14 +104,14 @@ def add_node(cluster: Cluster, cpus: int = 1, gpus: list[int] | None = None, fol
 
 def kill_node(cluster: Cluster, index: int) -> None:
     """Ends a node at once, as a power cut would: its processes and all that those have started."""
-    _kill_tree(cluster.nodes[index])
+    kill_tree(cluster.nodes[index])
     _collect(cluster)
 
 
 def stop_cluster(cluster: Cluster) -> None:
     """Ends all nodes and removes the cluster's files; other clusters of the machine are not touched."""
     for node in reversed(cluster.nodes):
-        _kill_tree(node)
+        kill_tree(node)
     _collect(cluster)
     shutil.rmtree(cluster.folder, ignore_errors=True)
 
@@ -184,34 +183,6 @@ def _dashboard_port() -> int:
 def _note() -> Path:
     state = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
     return Path(state) / "nsa-dist" / "cluster.json"
-
-
-def _kill_tree(leader: int) -> None:
-    """SIGKILL to the leader's session, and to what it has started in others (a job's driver has its own)."""
-    while found := _tree(leader):  # until none is left: what starts meanwhile included
-        for pid in found:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.02)
-
-
-def _tree(leader: int) -> set[int]:
-    """The living processes of a session and their descendants."""
-    parents, found = {}, set()
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            state, parent, _, session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
-        except OSError:  # ended meanwhile
-            continue
-        if state not in "ZX":
-            parents[int(folder.name)] = int(parent)
-            if int(session) == leader:
-                found.add(int(folder.name))
-    more = found
-    while more:
-        more = {pid for pid, parent in parents.items() if parent in more} - found
-        found |= more
-    return found
 
 
 def _collect(cluster: Cluster) -> None:

@@ -16,6 +16,8 @@ from typing import Any
 from ray._private.node import Node
 from ray._private.parameter import RayParams
 
+from nsa_dist.launch.processes import kill_tree
+
 
 def main(options: dict[str, Any]) -> None:
     """Starts the node, prints where it is as a line of JSON, and ends, with all of its processes, on SIGTERM.
@@ -50,9 +52,9 @@ def main(options: dict[str, Any]) -> None:
         threading.Thread(target=_wait_for_end_of_input, args=(ended,), daemon=True).start()
     while not ended.wait(0.5) and not node.dead_processes():
         pass
-    node.kill_all_processes(check_alive=False, allow_graceful=False)
+    kill_tree(os.getpid())  # Ray's own way leaves its agents for a minute
     if head and options["follow"]:  # nobody is left to do it
-        time.sleep(1)  # the other nodes end by themselves
+        time.sleep(1)  # the other nodes end too
         shutil.rmtree(options["folder"], ignore_errors=True)
 
 

@@ -5,12 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from nsa_dist.launch.cluster import Cluster, add_node, kill_node, running_cluster
+from nsa_dist.launch.processes import tree
 
 LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F"}  # 127.0.0.1 as the kernel writes it, IPv4 and IPv6
 
@@ -19,23 +21,6 @@ LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F"}  # 127.0.0.1 as the 
 def cluster() -> Iterator[Cluster]:
     with running_cluster(nodes=2, cpus=2) as cluster:
         yield cluster
-
-
-def session_table() -> dict[int, tuple[int, int]]:
-    """Parent and session of each living process."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            state, parent, _, session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
-        except OSError:  # ended meanwhile
-            continue
-        if state != "Z":
-            found[int(folder.name)] = (int(parent), int(session))
-    return found
-
-
-def in_session(session: int) -> list[int]:
-    return [pid for pid, (_, its) in session_table().items() if its == session]
 
 
 def ask(cluster: Cluster, program: str, **environment: str) -> object:
@@ -51,7 +36,7 @@ def test_a_node_killed_is_seen_and_another_takes_its_place(cluster: Cluster) -> 
     alive = "[n['NodeName'] for n in ray.nodes() if n['Alive']]"
     assert sorted(ask(cluster, f"print(json.dumps({alive}))")) == ["node-0", "node-1"]  # type: ignore[type-var]
     kill_node(cluster, 1)
-    assert in_session(cluster.nodes[1]) == []
+    assert tree(cluster.nodes[1]) == set()
     gone = f"while len({alive}) > 1:\n    time.sleep(0.1)\nprint(json.dumps({alive}))"
     assert ask(cluster, gone) == ["node-0"]
     add_node(cluster, cpus=3)
@@ -72,12 +57,11 @@ def test_nodes_end_with_the_process_that_started_them() -> None:
     )
     assert owner.stdout
     *nodes, folder = owner.stdout.readline().split()
-    assert all(in_session(int(node)) for node in nodes)
+    assert all(tree(int(node)) for node in nodes)
     os.kill(owner.pid, signal.SIGKILL)
     owner.communicate()
-    deadline = 600
-    while deadline and (any(in_session(int(node)) for node in nodes) or Path(folder).exists()):
-        deadline -= 1
-        subprocess.run(["sleep", "0.1"], check=True)
-    assert [in_session(int(node)) for node in nodes] == [[], []]
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and (any(tree(int(node)) for node in nodes) or Path(folder).exists()):
+        time.sleep(0.2)
+    assert [tree(int(node)) for node in nodes] == [set(), set()]
     assert not Path(folder).exists()
