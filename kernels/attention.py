@@ -15,6 +15,7 @@ from nsa_dist.kernels.implementations import BACKENDS, Implementation, implement
 from nsa_dist.kernels.packing import Packing
 from nsa_dist.kernels.reference import reference_attention
 from nsa_dist.kernels.selected import BlockIndex, block_index, head_rows
+from nsa_dist.kernels.span import SpanView, admit, span_view, unit_sums
 from nsa_dist.kernels.spec import NSASpec
 from nsa_dist.kernels.tiled import Ranges, window_ranges
 
@@ -55,7 +56,7 @@ def nsa_attention(
     kv = {"k_cmp": k_cmp, "v_cmp": v_cmp, "k_slc": k_slc, "v_slc": v_slc, "k_win": k_win, "v_win": v_win}
     _check(q, kv, gates, spec, cu_seqlens)
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    sizes = [getattr(spec, f.name) for f in fields(spec)]
+    sizes = [float(getattr(spec, f.name)) for f in fields(spec)]
     inputs = [x.flatten(0, 1) for x in (q, *kv.values(), gates)]
     if backend == "reference":
         packing = _packing(q.shape[0], inputs, sizes, cu_seqlens)
@@ -68,12 +69,14 @@ def nsa_attention(
 
 @dataclass(frozen=True)
 class LocalViews:
-    """What the queries of a whole sequence see of its own compressed tokens, blocks and window."""
+    """What the queries of a whole sequence see of its own compressed tokens, blocks and window; the span rule's
+    part where the spec has one."""
 
     compressed: CompressedView
     blocks: BlockIndex
     window: Ranges
     token_S: Tensor
+    span: SpanView | None
 
 
 def local_views(packing: Packing, device: torch.device, groups: int = 1) -> LocalViews:
@@ -84,6 +87,7 @@ def local_views(packing: Packing, device: torch.device, groups: int = 1) -> Loca
         block_index(packing, [tokens] * groups, device),
         window_ranges(packing, tokens, tokens, packing.spec.window, device),
         torch.from_numpy(tokens).to(device),
+        span_view(packing, tokens, device) if packing.spec.span else None,
     )
 
 
@@ -93,7 +97,12 @@ def nsa_forward(
     """Output, then what the backward needs: the branches' outputs, their log-sum-exps, the selection."""
     q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = inputs
     local = implementation(q, backend)
-    o_cmp, lse_cmp, picks = local.compressed_forward(q, k_cmp, v_cmp, views.compressed, spec, scale)
+    admitted = None
+    if views.span is not None:
+        tokens = np.arange(len(q))
+        sums = unit_sums(q, k_cmp, tokens, views.compressed, spec, scale, views.span.units)
+        admitted = admit(sums, views.span, spec)
+    o_cmp, lse_cmp, picks = local.compressed_forward(q, k_cmp, v_cmp, views.compressed, spec, scale, admitted)
     rows = head_rows(k_slc), head_rows(v_slc)
     o_slc, lse_slc = local.selected_forward(q, *rows, picks, views.token_S, views.blocks, scale)
     o_win, lse_win = local.range_forward(q, k_win, v_win, views.window, scale)
@@ -135,7 +144,7 @@ def gated_branches(
 
 @torch.library.custom_op("nsa_dist::attention", mutates_args=())
 def _attention(
-    inputs: list[Tensor], cu_seqlens: Tensor | None, batch: int, sizes: list[int], scale: float, backend: str
+    inputs: list[Tensor], cu_seqlens: Tensor | None, batch: int, sizes: list[float], scale: float, backend: str
 ) -> list[Tensor]:
     """`nsa_forward` of the flattened inputs [B * T, ...]; `sizes`: the spec's fields."""
     packing = _packing(batch, inputs, sizes, cu_seqlens)
@@ -144,11 +153,11 @@ def _attention(
 
 
 @_attention.register_fake
-def _(inputs: list[Tensor], cu_seqlens: Tensor | None, batch: int, sizes: list[int], *rest: Any) -> list[Tensor]:
+def _(inputs: list[Tensor], cu_seqlens: Tensor | None, batch: int, sizes: list[float], *rest: Any) -> list[Tensor]:
     q, v_slc = inputs[0], inputs[4]
     outs = [q.new_empty(*q.shape[:2], v_slc.shape[2]) for _ in range(4)]
     lses = [q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32)) for _ in range(3)]
-    count = sizes[[f.name for f in fields(NSASpec)].index("select_count")]
+    count = int(sizes[[f.name for f in fields(NSASpec)].index("select_count")])
     return [*outs, *lses, q.new_empty(len(q), v_slc.shape[1], count, dtype=torch.int32)]
 
 
@@ -159,7 +168,7 @@ def _attention_backward(
     do: Tensor,
     cu_seqlens: Tensor | None,
     batch: int,
-    sizes: list[int],
+    sizes: list[float],
     scale: float,
     backend: str,
 ) -> list[Tensor]:
@@ -192,8 +201,12 @@ _attention.register_autograd(_differentiate, setup_context=_setup)
 
 
 @lru_cache(maxsize=8)
-def _cached_packing(cu: tuple[int, ...], sizes: tuple[int, ...]) -> Packing:
-    return Packing(np.array(cu), NSASpec(*sizes))
+def _cached_packing(cu: tuple[int, ...], sizes: tuple[float, ...]) -> Packing:
+    # The operator's numbers are floating: whole ones are counts, shares stay as they are.
+    values: dict[str, Any] = {
+        f.name: int(x) if x == int(x) else x for f, x in zip(fields(NSASpec), sizes, strict=True)
+    }
+    return Packing(np.array(cu), NSASpec(**values))
 
 
 @lru_cache(maxsize=8)
@@ -206,7 +219,7 @@ def _views(packing: Packing, inputs: Sequence[Tensor]) -> LocalViews:
     return _cached_views(packing, inputs[0].device, inputs[3].shape[1])
 
 
-def _packing(batch: int, inputs: Sequence[Tensor], sizes: Sequence[int], cu_seqlens: Tensor | None) -> Packing:
+def _packing(batch: int, inputs: Sequence[Tensor], sizes: Sequence[float], cu_seqlens: Tensor | None) -> Packing:
     tokens, rows = len(inputs[0]), len(inputs[1])
     if cu_seqlens is None:
         cu = tuple(range(0, tokens + 1, tokens // batch)) if tokens else (0,)

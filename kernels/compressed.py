@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nsa_dist.kernels.branch import group_queries
 from nsa_dist.kernels.packing import Ints, Packing
-from nsa_dist.kernels.select import select_blocks
+from nsa_dist.kernels.select import Admitted, select_blocks
 from nsa_dist.kernels.spec import NSASpec
 from nsa_dist.kernels.tiled import Ranges, group_keys, make_ranges, query_breaks, tile_softmax, ungroup
 
@@ -43,9 +43,17 @@ def compressed_view(packing: Packing, queries: Ints, rows: Ints, device: torch.d
 
 
 def compressed_forward(
-    q_SHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, view: CompressedView, spec: NSASpec, scale: float
+    q_SHD: Tensor,
+    k_NGD: Tensor,
+    v_NGD: Tensor,
+    view: CompressedView,
+    spec: NSASpec,
+    scale: float,
+    admitted: Admitted | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output [S, H, Dv], log-sum-exp [S, H], selection [S, G, n] (int32 block numbers, ascending, then -1).
+
+    admitted: what the span rule leaves to choose from, where spec.span is not 0.
 
     The backward is `tiled.range_backward` with `view.ranges`: no gradient flows through the choice.
     """
@@ -56,6 +64,8 @@ def compressed_forward(
     picks = torch.empty(q.shape[1], groups, spec.select_count, dtype=torch.int32, device=q.device)
     for at, rows, mask in view.ranges.tiles():
         o[:, at], lse[:, at], p = tile_softmax(q[:, at], k[:, rows], v[:, rows], mask, scale)
-        pick = select_blocks(p.sum(2), view.own_S[at], spec)
+        own = view.own_S[at]
+        allowed = None if admitted is None else admitted.allowed(at, int(own.max()) + 1)
+        pick = select_blocks(p.sum(2), own, spec, allowed)
         picks[at] = torch.where(pick >= 0, pick + view.first_S[at, None, None], -1).to(torch.int32)
     return ungroup(o).to(q_SHD.dtype), ungroup(lse), picks

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from nsa_dist.kernels import combine, compressed, selected, tiled, tuning
 from nsa_dist.kernels.compressed import CompressedView
+from nsa_dist.kernels.select import Admitted
+from nsa_dist.kernels.span import select_admitted
 from nsa_dist.kernels.spec import NSASpec
 
 BACKENDS = ("auto", "reference", "triton")
@@ -70,9 +72,17 @@ def _triton() -> Implementation:
     from nsa_dist.kernels import blocks, gating, ranged, scores
 
     def compressed_forward(
-        q: Tensor, k: Tensor, v: Tensor, view: CompressedView, spec: NSASpec, scale: float
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        view: CompressedView,
+        spec: NSASpec,
+        scale: float,
+        admitted: Admitted | None = None,
     ) -> tuple[Any, ...]:
         o, lse = ranged.range_forward(q, k, v, view.ranges, scale)
+        if admitted is not None:
+            return o, lse, select_admitted(q, k, view, spec, scale, admitted)
         return o, lse, scores.select_blocks(q, k, lse, view, spec, scale)
 
     return Implementation(

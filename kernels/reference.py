@@ -8,6 +8,7 @@ Suffixes: T tokens, Q queries of a chunk, H query heads, G KV heads, R = H // G,
 B blocks, n picks, D head size. The computation is in q's type, at least float32; the result in q's type.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 
@@ -67,19 +68,11 @@ def reference_selection(q: Tensor, k_cmp: Tensor, spec: NSASpec, packing: Packin
     if packing.spec != spec:
         raise ValueError(f"packing: made for {packing.spec}, must be made for the same spec, {spec}")
     tokens = np.arange(packing.tokens)
-    compressed = _in_range(*packing.visible_compressed(tokens), q.device)
-    sources_BO = _sources(spec, packing, q.device)
     picks = q.new_full((len(tokens), k_cmp.shape[1], spec.select_count), -1, dtype=torch.int64)
-    for chunk in _chunks(len(tokens)):
-        keys, mask = compressed(chunk)
-        p_QGRK = _probabilities(q[chunk], k_cmp[keys], mask, scale)
-        p_QGC = p_QGRK.new_zeros(*p_QGRK.shape[:2], packing.compressed + 1)  # the last: no such token
-        for p_QGK in p_QGRK.unbind(2):  # heads first …
-            p_QGC[..., keys] += p_QGK
-        score_QGB = torch.zeros_like(p_QGC[..., sources_BO[:, 0]])
-        for o, weight in enumerate(overlap_weights(spec)):  # … then compressed tokens, ascending
-            score_QGB += weight * p_QGC[..., sources_BO[:, o]]
-        best = _best(score_QGB.float(), tokens[chunk], spec, packing)
+    score = _scorer(q, k_cmp, packing, scale)
+    chunks = _span_rule(score, packing) if spec.span else ((c, score(c), None) for c in _chunks(len(tokens)))
+    for chunk, score_QGB, allowed_GB in chunks:
+        best = _best(score_QGB, allowed_GB, tokens[chunk], spec, packing)
         picks[chunk, :, : best.shape[-1]] = best
     return picks
 
@@ -121,8 +114,63 @@ def _probabilities(q_QHD: Tensor, k_KGD: Tensor, mask: Tensor, scale: float) -> 
     return p_QGRK.masked_fill(hidden, 0)
 
 
-def _best(score_QGB: Tensor, tokens: Ints, spec: NSASpec, packing: Packing) -> Tensor:
+def _scorer(q: Tensor, k_cmp: Tensor, packing: Packing, scale: float) -> Callable[[slice], Tensor]:
+    """The scores [Q, G, B] of a chunk of queries, in float32."""
+    compressed = _in_range(*packing.visible_compressed(np.arange(packing.tokens)), q.device)
+    sources_BO = _sources(packing.spec, packing, q.device)
+
+    def score(chunk: slice) -> Tensor:
+        keys, mask = compressed(chunk)
+        p_QGRK = _probabilities(q[chunk], k_cmp[keys], mask, scale)
+        p_QGC = p_QGRK.new_zeros(*p_QGRK.shape[:2], packing.compressed + 1)  # the last: no such token
+        for p_QGK in p_QGRK.unbind(2):  # heads first …
+            p_QGC[..., keys] += p_QGK
+        score_QGB = torch.zeros_like(p_QGC[..., sources_BO[:, 0]])
+        for o, weight in enumerate(overlap_weights(packing.spec)):  # … then compressed tokens, ascending
+            score_QGB += weight * p_QGC[..., sources_BO[:, o]]
+        return score_QGB.float()
+
+    return score
+
+
+def _span_rule(score: Callable[[slice], Tensor], packing: Packing) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """Groups of queries, their scores, and the blocks [G, B] among which they choose: `kernels/span.py` says which.
+
+    One group after the other, as in generation; nothing of a group is known before it was yielded.
+    """
+    spec, blocks = packing.spec, torch.arange(packing.blocks)
+    for document, end in itertools.pairwise(packing.cu.tolist()):
+        first_block = int(packing.block(np.array([document]))[0])
+        for start in range(document, end, spec.span):
+            own = first_block + (start - document) // spec.select_block
+            candidate = (blocks >= first_block + spec.initial_blocks) & (blocks < own)
+            budget, ahead = spec.admissions(own - first_block)
+            pool = range(max(document, start - spec.span_pool), start, CHUNK)
+            total = sum(_whole(score(slice(t, min(t + CHUNK, start)))) for t in pool)
+            groups = range(start, min(start + spec.span, end), CHUNK)
+            admitted: Tensor | None = None
+            for i, t in enumerate(groups):
+                chunk = slice(t, min(t + CHUNK, start + spec.span, end))
+                score_QGB = score(chunk)
+                if admitted is None:
+                    admitted = torch.zeros(score_QGB.shape[1:], dtype=torch.bool, device=score_QGB.device)
+                quota = ahead + (budget - ahead) * i // max(len(groups) - 1, 1)
+                for _ in range(quota - int(admitted[0].sum())):
+                    free = torch.where(candidate.to(admitted.device) & ~admitted, total, -1)
+                    admitted.scatter_(1, free.sort(dim=1, descending=True, stable=True).indices[:, :1], True)
+                yield chunk, score_QGB, admitted | (blocks >= own).to(admitted.device)
+                total = total + _whole(score_QGB)
+
+
+def _whole(score_QGB: Tensor) -> Tensor:
+    """Scores added over their queries, [G, B], as integers: multiples of 2**-32, in which sums are exact."""
+    return (score_QGB.double() * 2.0**32).long().sum(0)
+
+
+def _best(score_QGB: Tensor, allowed_GB: Tensor | None, tokens: Ints, spec: NSASpec, packing: Packing) -> Tensor:
     """Each query's blocks, ascending, then -1: [Q, G, min(n, B)] from the scores in float32."""
+    if allowed_GB is not None:
+        score_QGB = score_QGB.masked_fill(~allowed_GB, -math.inf)
     blocks = np.arange(packing.blocks)
     own = packing.block(tokens)[:, None]
     first = packing.blk_cu[packing.document(tokens)][:, None]

@@ -78,7 +78,7 @@ def choose(score: list[float], own: int, n: int, initial: int, local: int) -> li
 def define(inputs: dict[str, Tensor], case: Case) -> tuple[Tensor, list[list[list[int]]]]:
     """Output [T, H, Dv] and, for each token and KV head, the blocks, numbered through the documents."""
     q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = (inputs[name] for name in NAMES)
-    l, d, lp, n, initial, local, window = astuple(case.spec)
+    l, d, lp, n, initial, local, window = astuple(case.spec)[:7]
     scale, rows, picks, token0, cmp0, block0 = case.dk**-0.5, [], [], 0, 0, 0
     for length in case.lengths:
         compressed = max((length - l) // d + 1, 0) if length >= l else 0
