@@ -97,12 +97,12 @@ def test_the_union_of_a_span_is_bounded() -> None:
     assert len(unions[0]) > 2 * len(unions[1])
 
 
-@pytest.mark.parametrize("ahead", [0, 0.5, 1.0])
+@pytest.mark.parametrize("ahead", [0.5, 1.0])
 def test_no_output_depends_on_a_later_token(ahead: float) -> None:
     """Every token in turn is changed, its part in compressed tokens too: all outputs before it stay, up to rounding
     (which rows a tile holds follows from all its queries)."""
     spec = NSASpec(4, 4, 4, 4, 1, 1, 8, 70, 3, ahead, 50)
-    tokens, xs = 150, [x.detach() for x in make(spec, [150], 2, 1, 3, 3)]
+    tokens, xs = 140, [x.detach() for x in make(spec, [140], 2, 1, 3, 3)]
     changed = [x.expand(tokens, *x.shape[1:]).clone() for x in xs]  # sequence t is changed at token t
     for t in range(tokens):
         for x, at in zip(changed, [t, t // 4, t // 4, t, t, t, t, t], strict=True):
