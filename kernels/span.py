@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from nsa_dist.kernels.branch import group_queries
@@ -88,6 +89,10 @@ class Units:
     hi: Ints
     width: Ints
 
+    def at(self, index: Ints) -> "Units":
+        """Some of the units."""
+        return Units(*(x[index] for x in (self.span, self.step, self.lo, self.hi, self.width)))
+
 
 def make_units(spans: Spans, pool: int) -> Units:
     """The units of all spans that have candidates, span after span, step after step."""
@@ -143,6 +148,14 @@ class SpanView:
     own_S: Tensor
 
 
+def needed_units(spans: Spans, units: Units, queries: Ints) -> NDArray[np.bool_]:
+    """[N]: the units that decide what these queries are admitted: of their spans, up to each span's last query."""
+    span = spans.of(queries)
+    last = np.full(len(spans.start), -1, np.int64)
+    np.maximum.at(last, span, (queries - spans.start[span]) // GROUP)
+    return units.step <= last[units.span]
+
+
 def span_view(packing: Packing, queries: Ints, device: torch.device) -> SpanView:
     """The view of `queries` (token numbers, ascending) on the rule; packing.spec.span is not 0.
 
@@ -152,10 +165,7 @@ def span_view(packing: Packing, queries: Ints, device: torch.device) -> SpanView
     units = make_units(spans, packing.spec.span_pool)
     span = spans.of(queries)
     group = (queries - spans.start[span]) // GROUP
-    last = np.full(len(spans.start), -1, np.int64)
-    np.maximum.at(last, span, group)
-    mine = units.step <= last[units.span]
-    units = Units(units.span[mine], units.step[mine], units.lo[mine], units.hi[mine], units.width[mine])
+    units = units.at(np.flatnonzero(needed_units(spans, units, queries)))
     heads = units.step == 0
     begin = np.zeros(len(spans.start), np.int64)
     begin[units.span[heads]] = np.cumsum(units.width[heads]) - units.width[heads]

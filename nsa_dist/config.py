@@ -71,6 +71,10 @@ class NSAConfig:
     initial_blocks: int = 1
     local_blocks: int = 2
     window: int = 512
+    span: int = 0  # tokens of a span, whose queries select few blocks outside it; 0: no bound
+    span_blocks: float = 0.0  # the bound: a number of blocks, or below 1 a share of the blocks before the span
+    span_prefetch: float = 1.0  # of them known before the span starts: a number, or up to 1 a share
+    span_pool: int = 1024  # queries before a span whose scores decide that
     share_kv: bool = False  # one K/V projection for the three branches (models converted from dense ones)
     compression: str = "mlp"
 

@@ -14,6 +14,7 @@ KINDS = (
     "compress_halo",  # tokens that a segment's last compressed token is made of
     "window_halo",  # tokens of the windows that reach over a segment's start
     "compressed",  # compressed keys and values
+    "span",  # sums of scores that decide what a span of queries is admitted
     "bitmap",  # which rank needs which block
     "selected",  # keys and values of blocks, for the selected branch
     "refetch",  # the same once more in the backward, where they were not kept

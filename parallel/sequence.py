@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nsa_dist.kernels.compressed import CompressedView, compressed_view
 from nsa_dist.kernels.packing import Ints, Packing
+from nsa_dist.kernels.select import Admitted
 from nsa_dist.kernels.selected import BlockIndex, block_index
 from nsa_dist.kernels.tiled import Ranges, window_ranges
 from nsa_dist.parallel import needs
@@ -20,6 +21,7 @@ from nsa_dist.parallel.exchange import Pending, add_returned, return_rows, send_
 from nsa_dist.parallel.layout import Layout
 from nsa_dist.parallel.mesh import Axis
 from nsa_dist.parallel.plan import Pieces, RowPlan, make_pieces, row_plan
+from nsa_dist.parallel.span import SpanRule
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,17 @@ class ShardedSequence:
     @cached_property
     def compressed_view(self) -> CompressedView:
         return compressed_view(self.packing, self.tokens, self.compressed.items, self.device)
+
+    @cached_property
+    def _span_rule(self) -> SpanRule | None:
+        if not self.packing.spec.span:
+            return None
+        return SpanRule(self.packing, self.layout, self.axis, self.compressed_view)
+
+    def admitted(self, q_SHD: Tensor, k_CGD: Tensor, scale: float) -> Admitted | None:
+        """What the span rule admits to the own queries, from the compressed keys that they see; None without it."""
+        rule = self._span_rule
+        return rule.admitted(q_SHD, k_CGD, scale) if rule else None
 
     @cached_property
     def causal(self) -> needs.Needs:

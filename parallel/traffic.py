@@ -11,6 +11,7 @@ from nsa_dist.kernels.packing import Ints, Packing
 from nsa_dist.parallel import needs
 from nsa_dist.parallel.layout import Layout
 from nsa_dist.parallel.plan import Bools, dense_pieces, make_pieces, piece_counts, row_counts, selected_pieces
+from nsa_dist.parallel.span import SpanPlan
 
 Traffic = dict[tuple[str, str], tuple[Ints, Ints]]  # (kind, phase): bytes [P] sent, received
 
@@ -50,6 +51,7 @@ class TrafficModel:
         traffic = self.compress_halo() | self._rows("window_halo", self.layout, halo)
         cmp_layout = self.layout.mapped(self.packing.cmp_start)
         traffic |= self._rows("compressed", cmp_layout, needs.compressed(self.layout, self.packing))
+        traffic |= self._span()
         if exchange == "nsa":
             assert needs_PGB is not None
             need = selected_pieces(self.pieces, needs_PGB)
@@ -90,6 +92,13 @@ class TrafficModel:
             (kind, "forward"): (sent * element, received * element),
             (kind, "backward"): (received * grad, sent * grad),
         }
+
+    def _span(self) -> Traffic:
+        """8 bytes a sum and KV head, where the model has the span rule."""
+        if not self.packing.spec.span:
+            return {}
+        counts = SpanPlan(self.packing, self.layout).counts() * self.sizes.groups * 8
+        return {("span", "forward"): (counts.sum(0), counts.sum(1))}
 
     def _bitmap(self) -> Traffic:
         ranks = self.layout.ranks

@@ -39,7 +39,8 @@ class HeadAllGather(Operation):
         o_win, lse_win = local.range_forward(q, *window, seq.window_view, scale)
         got_cmp = sent_cmp.wait()
         compressed = unpack(seq.compressed.buffer(pack(k_cmp, v_cmp), got_cmp), k_cmp, v_cmp)
-        o_cmp, lse_cmp, picks = local.compressed_forward(q, *compressed, seq.compressed_view, seq.packing.spec, scale)
+        rule = seq.packing.spec, scale, seq.admitted(q, compressed[0], scale)
+        o_cmp, lse_cmp, picks = local.compressed_forward(q, *compressed, seq.compressed_view, *rule)
         if self.prescribed is not None:
             picks = self.prescribed.clone()
         parts = []
