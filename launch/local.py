@@ -14,6 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from nsa_dist.auto import choose_sizes, has_auto
 from nsa_dist.config import Config
 from nsa_dist.console import Console
 from nsa_dist.launch.guard import __file__ as guard_file
@@ -28,6 +31,10 @@ def train_local(config: Config, console: Console) -> None:
 
     Raises ConfigError where that is known before they start, RunFailed when one of them fails.
     """
+    if has_auto(config):
+        device = choose_device(config.launch.device, 1)
+        config, why = choose_sizes(config, [cores() if device == "cpu" else torch.cuda.device_count()])
+        console.say(why)
     world_size = config.parallel.dp * config.parallel.cp
     device = choose_device(config.launch.device, world_size)
     with session(config, console, world_size, device) as resume:

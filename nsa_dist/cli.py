@@ -123,6 +123,7 @@ def _bench(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
+    from nsa_dist.auto import has_auto
     from nsa_dist.config import ConfigError
     from nsa_dist.torchrun import train_torchrun, under_torchrun
 
@@ -131,7 +132,7 @@ def _train(args: argparse.Namespace) -> None:
         train_torchrun(config, console)
         return
     if config.launch.backend == "torchrun":
-        ranks = config.parallel.dp * config.parallel.cp
+        ranks = "N" if has_auto(config) else config.parallel.dp * config.parallel.cp
         words = " ".join(args.words)
         raise ConfigError(
             f"launch.backend=torchrun: this process wasn't started by torchrun; allowed: launch.backend=ray, or "

@@ -6,7 +6,7 @@ an error of one line that names it and what is allowed.
 
 import difflib
 import math
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nsa_dist.kernels import NSASpec
 
+AUTO = "auto"
 LAYER_KINDS = ("nsa", "full", "window")
 CHOICES = {
     "train.dtype": ("float32", "bfloat16", "float64"),
@@ -123,8 +124,8 @@ class TrainConfig:
 
 @dataclass
 class ParallelConfig:
-    dp: int = 1
-    cp: int = 1
+    dp: Any = 1  # sequences at a time; auto: as many as there is room for, see nsa_dist.auto
+    cp: Any = 1  # ranks that share a sequence; or auto
     shard: int = 0  # ranks that share one copy of the parameters; 0: all
     layout: str = "contiguous"
     exchange: str = "nsa"  # of NSA layers
@@ -288,8 +289,13 @@ def check_config(config: Config) -> Config:
             near = difflib.get_close_matches(str(value), allowed, 1)
             hint = f"; nearest: {near[0]}" if near else ""
             raise ConfigError(f"{key}={value}: must be one of {', '.join(allowed)}{hint}")
+    for key in ("parallel.dp", "parallel.cp"):
+        value = _get(config, key)
+        _require(
+            value == AUTO or (type(value) is int and value >= 1), key, value, "an integer of at least 1, or auto"
+        )
     at_least_one = "model.layers model.width model.heads model.kv_heads model.head_dim data.seq_len data.batch_size"
-    for key in (at_least_one + " train.steps parallel.dp parallel.cp train.log_every launch.timeout_s").split():
+    for key in (at_least_one + " train.steps train.log_every launch.timeout_s").split():
         _require(_get(config, key) >= 1, key, _get(config, key), "at least 1")
     zero_or_more = "model.value_dim model.ffn model.vocab_size data.epochs parallel.exchange_max_bytes"
     zero_or_more += " parallel.shard train.warmup_steps train.decay_steps train.checkpoint_every run.seed"
@@ -343,6 +349,9 @@ def _check_model(config: Config) -> None:
 
 def _check_parallel(config: Config) -> None:
     parallel, model, data = config.parallel, config.model, config.data
+    if AUTO in (parallel.dp, parallel.cp):  # checked once more when both are numbers
+        dp, cp = (1 if value == AUTO else value for value in (parallel.dp, parallel.cp))
+        parallel = replace(parallel, dp=dp, cp=cp, shard=0)
     if data.batch_size % parallel.dp:
         raise ConfigError(f"data.batch_size={data.batch_size}: must be a multiple of parallel.dp={parallel.dp}")
     world = parallel.dp * parallel.cp

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from nsa_dist.auto import choose_sizes
 from nsa_dist.config import Config, ConfigError
 from nsa_dist.console import Console
 from nsa_dist.process import RunFailed, choose_device, describe, is_bad_input, is_collective_error, process_group
@@ -38,6 +39,10 @@ def train_torchrun(config: Config, console: Console) -> None:
     training; RunFailed on the first rank that fails. The others then leave by SystemExit, without a word.
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    config, why = choose_sizes(config, [local] * (world_size // local))
+    if why and rank == 0:
+        console.say(why)
     wanted = config.parallel.dp * config.parallel.cp
     if world_size != wanted:
         raise ConfigError(
