@@ -105,6 +105,8 @@ def compile_launch(launch: Launch, target: str) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     kernel, args, kwargs = launch
     names = list(inspect.signature(kernel.fn).parameters)
@@ -114,7 +116,10 @@ def compile_launch(launch: Launch, target: str) -> Any:
     attributes: dict[tuple[int, ...], Any] = {}
     for i, parameter in enumerate(kernel.params):
         value = values.get(parameter.name, parameter.default)
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+        if isinstance(value, TensorDescriptor):
+            block = f"{_NAMES[value.base.dtype]}{list(value.block_shape)}"
+            signature[parameter.name] = f"tensordesc<{block},{value.layout!r}>"
+        elif parameter.is_constexpr or (isinstance(value, int) and value == 1):
             signature[parameter.name], constants[(i,)] = "constexpr", value
         elif isinstance(value, Tensor):
             signature[parameter.name] = "*" + _NAMES[value.dtype]
@@ -125,7 +130,8 @@ def compile_launch(launch: Launch, target: str) -> Any:
     amd = target.startswith("gfx")
     gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target[3:]), 32)
     options = {n: kwargs[n] for n in ("num_warps", "num_stages") if n in kwargs}
-    return triton.compile(ASTSource(kernel, signature, constants, attributes), target=gpu, options=options)
+    source = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    return triton.compile(source(kernel, signature, constants, attributes), target=gpu, options=options)
 
 
 def resources(compiled: Any, target: str) -> tuple[int, int, int]:

@@ -59,23 +59,107 @@ def _tile(m_begin, queries, heads, g, lo_ptr, hi_ptr, R: gl.constexpr, BM: gl.co
 
 
 @gluon.jit
+def _feed(
+    k1_desc, k2_desc, v1_desc, v2_desc, k1, k2, v1, v2, k_full, k_empty, v_full, v_empty, start, tiles, k_column,
+    v_column,
+    DK1: gl.constexpr, DK2: gl.constexpr, DV1: gl.constexpr, DV2: gl.constexpr, BN: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """The warp that keeps the buffers of keys and values full."""
+    for j in range(tiles):
+        slot, turn = j % STAGES, j // STAGES
+        mbarrier.wait(k_empty.index(slot), (turn & 1) ^ 1)
+        _fetch(k1_desc, k2_desc, start + j * BN, k_column, k_full.index(slot), k1.index(slot), k2.index(slot),
+               DK1, DK2, BN)  # fmt: skip
+        mbarrier.wait(v_empty.index(slot), (turn & 1) ^ 1)
+        _fetch(v1_desc, v2_desc, start + j * BN, v_column, v_full.index(slot), v1.index(slot), v2.index(slot),
+               DV1, DV2, BN)  # fmt: skip
+
+
+@gluon.jit
+def _attend(
+    half, q1, q2, k1, k2, v1, v2, k_full, k_empty, v_full, v_empty, q_ptr, lo_ptr, hi_ptr, o_ptr, lse_ptr, m_begin,
+    queries, heads, g, scale, start, inner, outer, tiles,
+    R: gl.constexpr, DK: gl.constexpr, DK1: gl.constexpr, DK2: gl.constexpr, DV: gl.constexpr, DV1: gl.constexpr,
+    DV2: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """A warp group: 64 rows. Scores of tile j and output of tile j - 1 are under way together."""
+    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    out1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV1, 16])
+    out2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV2 if DV2 > 0 else 16, 16])
+    rows: gl.constexpr = gl.SliceLayout(1, scores)
+    copy: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    left1: gl.constexpr = gl.DotOperandLayout(0, out1, 2)
+    dtype: gl.constexpr = q1.dtype
+    m_begin += half * 64
+    q1, q2 = q1.index(half), q2.index(half)
+    here_q, row_q, _, _ = _tile(m_begin, queries, heads, g, lo_ptr, hi_ptr, R, 64, gl.SliceLayout(1, copy))
+    _put_rows(q_ptr, row_q, here_q, q1, DK, 0, DK1, copy)
+    if DK2 > 0:
+        _put_rows(q_ptr, row_q, here_q, q2, DK, DK1, DK2, copy)
+    fence_async_shared()
+    here, row, lo, hi = _tile(m_begin, queries, heads, g, lo_ptr, hi_ptr, R, 64, rows)
+    o1 = gl.zeros([64, DV1], gl.float32, out1)
+    o2 = gl.zeros([64, DV2 if DV2 > 0 else 16], gl.float32, out2)
+    top = gl.full([64], float("-inf"), gl.float32, rows)
+    total = gl.zeros([64], gl.float32, rows)
+    p = gl.zeros([64, BN], dtype, left1)
+    factor = scale * LOG2E
+    for j in range(tiles + 1):  # there is no tile -1, nor tile `tiles`: what comes of them is replaced and masked
+        slot, before = j % STAGES, (j + STAGES - 1) % STAGES
+        s = gl.zeros([64, BN], gl.float32, scores)
+        mbarrier.wait(k_full.index(slot), (j // STAGES) & 1, pred=j < tiles)
+        s = warpgroup_mma(q1, k1.index(slot).permute((1, 0)), s, use_acc=False, is_async=True)
+        if DK2 > 0:
+            s = warpgroup_mma(q2, k2.index(slot).permute((1, 0)), s, is_async=True)
+        mbarrier.wait(v_full.index(before), ((j - 1) // STAGES) & 1, pred=j > 0)
+        o1 = warpgroup_mma(p, v1.index(before), o1, use_acc=j > 1, is_async=True)
+        if DV2 > 0:
+            o2 = warpgroup_mma(p, v2.index(before), o2, use_acc=j > 1, is_async=True)
+            s = warpgroup_mma_wait(2, deps=[s])
+        else:
+            s = warpgroup_mma_wait(1, deps=[s])
+        mbarrier.arrive(k_empty.index(slot), count=1, pred=j < tiles)
+        n0 = start + j * BN
+        if (n0 < inner) | (n0 + BN > outer):
+            n = n0 + gl.arange(0, BN, gl.SliceLayout(0, scores))
+            s = gl.where((n[None, :] >= lo[:, None]) & (n[None, :] < hi[:, None]), s, float("-inf"))
+        above = gl.maximum(top, gl.max(s, 1) * factor)
+        safe = gl.where(above == float("-inf"), 0.0, above)  # -inf - (-inf) would be NaN
+        s = gl.exp2(s * factor - safe[:, None])
+        shrink = gl.exp2(top - safe)
+        total = total * shrink + gl.sum(s, 1)
+        top = above
+        if DV2 > 0:
+            o1, o2, p = warpgroup_mma_wait(0, deps=[o1, o2, p])
+            o2 = o2 * gl.convert_layout(shrink, gl.SliceLayout(1, out2))[:, None]
+        else:
+            o1, p = warpgroup_mma_wait(0, deps=[o1, p])
+        mbarrier.arrive(v_empty.index(before), count=1, pred=j > 0)
+        o1 = o1 * gl.convert_layout(shrink, gl.SliceLayout(1, out1))[:, None]
+        p = gl.convert_layout(s.to(dtype), left1)
+    if tiles == 0:
+        o1, o2 = gl.zeros_like(o1), gl.zeros_like(o2)
+    safe = gl.where(total > 0, total, 1.0)
+    lse = gl.where(total > 0, (top + gl.log2(safe)) / LOG2E, float("-inf"))
+    gl.store(lse_ptr + row, lse, mask=here)
+    _store_out(o_ptr, o1, 1.0 / safe, m_begin, queries, heads, g, R, 64, DV, 0, DV1, out1)
+    if DV2 > 0:
+        _store_out(o_ptr, o2, 1.0 / safe, m_begin, queries, heads, g, R, 64, DV, DV1, DV2, out2)
+
+
+@gluon.jit
 def range_forward_kernel(
     k1_desc, k2_desc, v1_desc, v2_desc, q_ptr, lo_ptr, hi_ptr, o_ptr, lse_ptr, queries, heads, k_head, v_head, scale,
     R: gl.constexpr, DK: gl.constexpr, DK1: gl.constexpr, DK2: gl.constexpr,
-    DV: gl.constexpr, DV1: gl.constexpr, DV2: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-    STAGES: gl.constexpr, num_warps: gl.constexpr,
+    DV: gl.constexpr, DV1: gl.constexpr, DV2: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BN, 16])
-    out1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, DV1, 16])
-    out2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, DV2 if DV2 > 0 else 16, 16])
-    rows: gl.constexpr = gl.SliceLayout(1, scores)
-    copy: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [num_warps, 1], [1, 0])
-    left1: gl.constexpr = gl.DotOperandLayout(0, out1, 2)
+    """Two warp groups of 64 rows, and a warp that loads for both."""
     dtype: gl.constexpr = k1_desc.dtype
-
+    across: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     g = gl.program_id(1)
-    m_begin = (gl.num_programs(0) - 1 - gl.program_id(0)) * BM  # late queries see most: first
-    here, row, lo, hi = _tile(m_begin, queries, heads, g, lo_ptr, hi_ptr, R, BM, rows)
+    m_begin = (gl.num_programs(0) - 1 - gl.program_id(0)) * 128  # late queries see most: first
+    here, _, lo, hi = _tile(m_begin, queries, heads, g, lo_ptr, hi_ptr, R, 128, across)
     start = gl.min(gl.where(here, lo, 2147483647), 0)
     inner = gl.max(gl.where(here, lo, 0), 0)
     outer = gl.min(gl.where(here, hi, 2147483647), 0)
@@ -86,88 +170,32 @@ def range_forward_kernel(
     k2 = gl.allocate_shared_memory(dtype, [STAGES, BN if DK2 > 0 else 8, DK2 if DK2 > 0 else 64], k2_desc.layout)
     v1 = gl.allocate_shared_memory(dtype, [STAGES, BN, DV1], v1_desc.layout)
     v2 = gl.allocate_shared_memory(dtype, [STAGES, BN if DV2 > 0 else 8, DV2 if DV2 > 0 else 64], v2_desc.layout)
-    k_bar = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_bar = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    q1 = gl.allocate_shared_memory(dtype, [2, 64, DK1], k1_desc.layout)
+    q2 = gl.allocate_shared_memory(dtype, [2, 64 if DK2 > 0 else 8, DK2 if DK2 > 0 else 64], k2_desc.layout)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
-        mbarrier.init(k_bar.index(i), count=1)
-        mbarrier.init(v_bar.index(i), count=1)
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=2)
+        mbarrier.init(v_empty.index(i), count=2)
     fence_async_shared()
-    for i in gl.static_range(STAGES):
-        if i < tiles:
-            _fetch(k1_desc, k2_desc, start + i * BN, g * k_head, k_bar.index(i), k1.index(i), k2.index(i),
-                   DK1, DK2, BN)  # fmt: skip
-            _fetch(v1_desc, v2_desc, start + i * BN, g * v_head, v_bar.index(i), v1.index(i), v2.index(i),
-                   DV1, DV2, BN)  # fmt: skip
-
-    q1 = gl.allocate_shared_memory(dtype, [BM, DK1], k1_desc.layout)
-    q2 = gl.allocate_shared_memory(dtype, [BM if DK2 > 0 else 8, DK2 if DK2 > 0 else 64], k2_desc.layout)
-    here_q, row_q, _, _ = _tile(m_begin, queries, heads, g, lo_ptr, hi_ptr, R, BM, gl.SliceLayout(1, copy))
-    _put_rows(q_ptr, row_q, here_q, q1, DK, 0, DK1, copy)
-    if DK2 > 0:
-        _put_rows(q_ptr, row_q, here_q, q2, DK, DK1, DK2, copy)
-    fence_async_shared()
-    _barrier()
-
-    o1 = gl.zeros([BM, DV1], gl.float32, out1)
-    o2 = gl.zeros([BM, DV2 if DV2 > 0 else 16], gl.float32, out2)
-    top = gl.full([BM], float("-inf"), gl.float32, rows)
-    total = gl.zeros([BM], gl.float32, rows)
-    shrink = gl.full([BM], 1.0, gl.float32, rows)
-    p = gl.zeros([BM, BN], dtype, left1)
-    factor = scale * LOG2E
-    for j in range(tiles + 1):
-        # Scores of tile j and output of tile j - 1 are under way together; there is no tile -1, nor tile `tiles`:
-        # what comes of them is replaced and masked.
-        slot, before = j % STAGES, (j + STAGES - 1) % STAGES
-        s = gl.zeros([BM, BN], gl.float32, scores)
-        if j < tiles:
-            mbarrier.wait(k_bar.index(slot), (j // STAGES) & 1)
-        if j > 0:
-            mbarrier.wait(v_bar.index(before), ((j - 1) // STAGES) & 1)
-        s = warpgroup_mma(q1, k1.index(slot).permute((1, 0)), s, use_acc=False, is_async=True)
-        if DK2 > 0:
-            s = warpgroup_mma(q2, k2.index(slot).permute((1, 0)), s, is_async=True)
-        if DV2 > 0:
-            o1 = warpgroup_mma(p, v1.index(before), o1, use_acc=j > 1, is_async=True)
-            o2 = warpgroup_mma(p, v2.index(before), o2, use_acc=j > 1, is_async=True)
-            s = warpgroup_mma_wait(2, deps=[s])
-        else:
-            o1 = warpgroup_mma(p, v1.index(before), o1, use_acc=j > 1, is_async=True)
-            s = warpgroup_mma_wait(1, deps=[s])
-        n0 = start + j * BN
-        s = s * factor
-        if (n0 < inner) | (n0 + BN > outer):
-            n = n0 + gl.arange(0, BN, gl.SliceLayout(0, scores))
-            s = gl.where((n[None, :] >= lo[:, None]) & (n[None, :] < hi[:, None]), s, float("-inf"))
-        above = gl.maximum(top, gl.max(s, 1))
-        safe = gl.where(above == float("-inf"), 0.0, above)  # -inf - (-inf) would be NaN
-        s = gl.exp2(s - safe[:, None])
-        shrink = gl.exp2(top - safe)
-        total = total * shrink + gl.sum(s, 1)
-        top = above
-        if DV2 > 0:
-            o1, o2, p = warpgroup_mma_wait(0, deps=[o1, o2, p])
-            o2 = o2 * gl.convert_layout(shrink, gl.SliceLayout(1, out2))[:, None]
-        else:
-            o1, p = warpgroup_mma_wait(0, deps=[o1, p])
-        o1 = o1 * gl.convert_layout(shrink, gl.SliceLayout(1, out1))[:, None]
-        p = gl.convert_layout(s.to(dtype), left1)
-        _barrier()  # all have read what is overwritten now
-        if j + STAGES < tiles:
-            _fetch(k1_desc, k2_desc, start + (j + STAGES) * BN, g * k_head, k_bar.index(slot), k1.index(slot),
-                   k2.index(slot), DK1, DK2, BN)  # fmt: skip
-        if (j > 0) & (j - 1 + STAGES < tiles):
-            _fetch(v1_desc, v2_desc, start + (j - 1 + STAGES) * BN, g * v_head, v_bar.index(before),
-                   v1.index(before), v2.index(before), DV1, DV2, BN)  # fmt: skip
-
-    safe = gl.where(total > 0, total, 1.0)
-    if tiles == 0:
-        o1, o2 = gl.zeros_like(o1), gl.zeros_like(o2)
-    lse = gl.where(total > 0, (top + gl.log2(safe)) / LOG2E, float("-inf"))
-    gl.store(lse_ptr + row, lse, mask=here)
-    _store_out(o_ptr, o1, 1.0 / safe, m_begin, queries, heads, g, R, BM, DV, 0, DV1, out1)
-    if DV2 > 0:
-        _store_out(o_ptr, o2, 1.0 / safe, m_begin, queries, heads, g, R, BM, DV, DV1, DV2, out2)
+    gl.warp_specialize(
+        [
+            (_attend, (0, q1, q2, k1, k2, v1, v2, k_full, k_empty, v_full, v_empty, q_ptr, lo_ptr, hi_ptr, o_ptr,
+                       lse_ptr, m_begin, queries, heads, g, scale, start, inner, outer, tiles, R, DK, DK1, DK2, DV,
+                       DV1, DV2, BN, STAGES)),
+            (_attend, (1, q1, q2, k1, k2, v1, v2, k_full, k_empty, v_full, v_empty, q_ptr, lo_ptr, hi_ptr, o_ptr,
+                       lse_ptr, m_begin, queries, heads, g, scale, start, inner, outer, tiles, R, DK, DK1, DK2, DV,
+                       DV1, DV2, BN, STAGES)),
+            (_feed, (k1_desc, k2_desc, v1_desc, v2_desc, k1, k2, v1, v2, k_full, k_empty, v_full, v_empty, start,
+                     tiles, g * k_head, g * v_head, DK1, DK2, DV1, DV2, BN, STAGES)),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -305,9 +333,9 @@ def descriptors(x_NGD: Tensor, rows: int) -> list[TensorDescriptor]:
 def range_forward(q: Tensor, k: Tensor, v: Tensor, ranges: Ranges, scale: float, o: Tensor, lse: Tensor) -> None:
     """`ranged.range_forward` into o and lse, where `takes(q, k, v)`."""
     (s, h, dk), (_, groups, dv) = q.shape, v.shape
-    meta = tuned("hopper_forward", q, dk, dv)
+    meta = tuned("hopper_window" if ranges.longest <= 1024 else "hopper_forward", q, dk, dv)
     count_launch("range_forward")
-    range_forward_kernel[(triton.cdiv(s * (h // groups), meta["BM"]), groups)](
+    range_forward_kernel[(triton.cdiv(s * (h // groups), 128), groups)](
         *descriptors(k, meta["BN"]), *descriptors(v, meta["BN"]), q, ranges.lo_S, ranges.hi_S, o, lse, s, h,
-        k.stride(1), v.stride(1), scale, R=h // groups, **head_sizes(dk, dv), BM=meta["BM"], BN=meta["BN"],
-        STAGES=meta["num_stages"], num_warps=meta["num_warps"])  # fmt: skip
+        k.stride(1), v.stride(1), scale, R=h // groups, **head_sizes(dk, dv), BN=meta["BN"],
+        STAGES=meta["num_stages"], num_warps=4)  # fmt: skip

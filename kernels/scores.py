@@ -20,8 +20,8 @@ from nsa_dist.kernels.spec import NSASpec
 from nsa_dist.kernels.tile_ops import LOG2E, load_two, products
 from nsa_dist.kernels.tuning import check_launch, count_launch, pieces, precision, target, tuned
 
-_CHUNK = 1024  # blocks that are compared at once
-_PART_TILES = 16  # tiles of keys of a program
+_CHUNK = 256  # blocks that are compared at once
+_PART_TILES = 32  # tiles of keys of a program
 _SUMS_BYTES = 128 << 20
 
 
@@ -102,16 +102,21 @@ def choose_kernel(
             key = score.to(tl.int32, bitcast=True)  # not negative: the bits' order is the numbers'
             key = tl.where((j < initial) | (j > own - local), 2147483647, key)
             key = tl.where(j <= own, key, -1)
-            lowest = 0
-            for bit in tl.static_range(31):
-                higher = lowest + (1 << (30 - bit))
-                many = tl.sum((key >= higher).to(tl.int32)) + tl.sum((kept >= higher).to(tl.int32))
-                lowest = tl.where(many >= count, higher, lowest)
-            spare = count - tl.sum((key > lowest).to(tl.int32)) - tl.sum((kept > lowest).to(tl.int32))
-            equal, equal_kept = (key == lowest).to(tl.int32), (kept == lowest).to(tl.int32)
-            taken_kept = (kept > lowest) | ((kept == lowest) & (tl.cumsum(equal_kept) <= spare))
-            spare -= tl.sum(equal_kept)
-            taken = (key > lowest) | ((key == lowest) & (tl.cumsum(equal) <= spare))
+            # The highest number that `count` keys reach, bit by bit, until exactly so many do.
+            lowest, bit, many = 0, 30, 0
+            while (bit >= 0) & (many != count):
+                higher = lowest + (1 << bit)
+                reach = tl.sum((key >= higher).to(tl.int32)) + tl.sum((kept >= higher).to(tl.int32))
+                lowest = tl.where(reach >= count, higher, lowest)
+                many = tl.where(reach >= count, reach, many)
+                bit -= 1
+            taken, taken_kept = key >= lowest, kept >= lowest
+            if tl.sum(taken.to(tl.int32)) + tl.sum(taken_kept.to(tl.int32)) > count:  # ties at the cut
+                spare = count - tl.sum((key > lowest).to(tl.int32)) - tl.sum((kept > lowest).to(tl.int32))
+                equal, equal_kept = (key == lowest).to(tl.int32), (kept == lowest).to(tl.int32)
+                taken_kept = (kept > lowest) | ((kept == lowest) & (tl.cumsum(equal_kept) <= spare))
+                spare -= tl.sum(equal_kept)
+                taken = (key > lowest) | ((key == lowest) & (tl.cumsum(equal) <= spare))
             first_new = tl.sum(taken_kept.to(tl.int32))
             total = first_new + tl.sum(taken.to(tl.int32))
             at_kept = tl.cumsum(taken_kept.to(tl.int32)) - 1
