@@ -1,15 +1,18 @@
 """`nsa-dist bench`: its words, checked, to the benchmark that they name."""
 
 import argparse
+import itertools
 from pathlib import Path
 from typing import Any
 
 from nsa_dist.console import Console
+from nsa_dist.errors import ConfigError
 
 _KERNELS_EPILOG = """\
 examples:
   nsa-dist bench kernels                        8k and 64k tokens at the paper's shape, against full attention
   nsa-dist bench kernels --parts --tokens 65536 --rows rows.jsonl --chart times.png
+  nsa-dist bench kernels --kv-heads 64,16,8,4 --tokens 8192,65536,262144 --full-max 1
   nsa-dist bench kernels --draw rows.jsonl --chart times.png"""
 _COMM = """\
 Runs one attention layer, forward and backward, on N ranks under each exchange: bytes by kind inside and between
@@ -32,12 +35,15 @@ def add_bench(whats: Any, form: Any) -> None:
 
     kernels = add("kernels", _kernels, "NSA and full attention on one GPU", epilog=_KERNELS_EPILOG)
     kernels.add_argument("--tokens", default="8192,65536", metavar="T,...", help="lengths (8192,65536)")
-    kernels.add_argument("--heads", default="64", metavar="H", help="query heads (64)")
-    kernels.add_argument("--kv-heads", default="4", metavar="G", help="KV heads (4)")
+    kernels.add_argument("--heads", default="64", metavar="H,...", help="query heads (64)")
+    kernels.add_argument("--kv-heads", default="4", metavar="G,...", help="KV heads (4), each with each of --heads")
     kernels.add_argument("--dims", default="192,128", metavar="DK,DV", help="head sizes (192,128)")
     kernels.add_argument("--dtype", default="bfloat16", metavar="TYPE", help="bfloat16, float16 or float32")
     kernels.add_argument("--parts", action="store_true", help="also each branch, on four kinds of selections")
     kernels.add_argument("--full-max", default="131072", metavar="T", help="no full attention above (131072)")
+    kernels.add_argument(
+        "--rivals", default="all", metavar="R,...", help="NSA of others: names, none, all importable"
+    )
     kernels.add_argument("--rows", type=Path, metavar="FILE", help="writes a JSON line for each measurement")
     kernels.add_argument("--chart", type=Path, metavar="FILE.png", help="draws time against length")
     kernels.add_argument("--draw", type=Path, metavar="ROWS", help="measures nothing: draws a file of rows (--chart)")
@@ -58,25 +64,27 @@ def add_bench(whats: Any, form: Any) -> None:
 
 
 def _kernels(args: argparse.Namespace, console: Console) -> None:
-    from nsa_dist.bench_kernels import TYPES, Shape, bench_kernels, draw, read_rows
-    from nsa_dist.config import ConfigError
+    from nsa_dist.bench_inputs import TYPES, Shape
+    from nsa_dist.bench_kernels import bench_kernels, draw, read_rows
+    from nsa_dist.bench_rivals import nsa_rivals
 
     if args.draw and not args.chart:
         raise ConfigError(f"--draw {args.draw}: needs --chart FILE.png")
     dtype = choices("--dtype", args.dtype, TYPES, 1)[0]
-    (heads,), (groups,) = numbers("--heads", args.heads, 1), numbers("--kv-heads", args.kv_heads, 1)
     dk, dv = numbers("--dims", args.dims, 2)
-    _check_heads(heads, groups)
-    shapes = [Shape(t, heads, groups, dk, dv, dtype) for t in numbers("--tokens", args.tokens)]
-    longest = numbers("--full-max", args.full_max, 1)[0]
-    rows = read_rows(args.draw) if args.draw else bench_kernels(shapes, console.say, args.rows, args.parts, longest)
+    heads_and_groups = itertools.product(numbers("--heads", args.heads), numbers("--kv-heads", args.kv_heads))
+    shapes = []
+    for heads, groups in heads_and_groups:
+        _check_heads(heads, groups)
+        shapes += [Shape(t, heads, groups, dk, dv, dtype) for t in numbers("--tokens", args.tokens)]
+    longest, rivals, say = numbers("--full-max", args.full_max, 1)[0], nsa_rivals(args.rivals), console.say
+    rows = read_rows(args.draw) if args.draw else bench_kernels(shapes, say, args.rows, args.parts, longest, rivals)
     if args.chart:
         draw(rows, args.chart)
 
 
 def _comm(args: argparse.Namespace, console: Console) -> None:
     from nsa_dist.bench_comm import DTYPES, EXCHANGES, Case, bench_comm
-    from nsa_dist.config import ConfigError
     from nsa_dist.kernels import NSASpec
     from nsa_dist.parallel.layout import LAYOUTS
     from nsa_dist.picks import SELECTIONS, open_trace
@@ -111,16 +119,12 @@ def _comm(args: argparse.Namespace, console: Console) -> None:
 
 
 def _check_heads(heads: int, groups: int) -> None:
-    from nsa_dist.config import ConfigError
-
     if heads % groups:
         raise ConfigError(f"--heads {heads}: must be a multiple of --kv-heads {groups}")
 
 
 def numbers(flag: str, text: str, count: int = 0) -> list[int]:
     """Positive integers with commas between them, `count` of them (0: any number). Raises ConfigError."""
-    from nsa_dist.config import ConfigError
-
     words = text.split(",")
     if not all(w.isdecimal() and int(w) > 0 for w in words) or (count and len(words) != count):
         many = (
@@ -132,8 +136,6 @@ def numbers(flag: str, text: str, count: int = 0) -> list[int]:
 
 def choices(flag: str, text: str, allowed: Any, count: int = 0) -> list[str]:
     """Words with commas between them, each one of `allowed`. Raises ConfigError."""
-    from nsa_dist.config import ConfigError
-
     words = text.split(",")
     if not all(w in allowed for w in words) or (count and len(words) != count):
         raise ConfigError(f"{flag} {text}: must be {'one' if count == 1 else 'some'} of {', '.join(allowed)}")

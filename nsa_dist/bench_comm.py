@@ -34,9 +34,8 @@ from nsa_dist.parallel.operator import apply
 from nsa_dist.parallel.sequence import ShardedSequence
 from nsa_dist.parallel.traffic import Sizes
 from nsa_dist.picks import prescribed
-from nsa_dist.process import choose_device, process_group
+from nsa_dist.process import choose_device, process_group, under_torchrun
 from nsa_dist.ranks import Ranks
-from nsa_dist.torchrun import under_torchrun
 
 EXCHANGES = ("nsa", "allgather", "allgather_heads", "groupcast", "ulysses", "ring")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}

@@ -4,7 +4,7 @@ A row is one thing in one phase: who (`nsa-dist`, a rival), which part, times at
 the time that the machine's own matmul rate would take for the operations that the definition needs.
 """
 
-import importlib.util
+import gc
 import itertools
 import json
 from collections.abc import Callable, Iterator
@@ -15,41 +15,40 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from nsa_dist.config import ConfigError
-from nsa_dist.kernels import NSASpec, nsa_attention
+from nsa_dist.bench_inputs import (
+    SELECTIONS,
+    SPEC,
+    TYPES,
+    Made,
+    Maker,
+    Shape,
+    nsa_inputs,
+    one_sequence,
+    selected_by_ours,
+    selection,
+)
+from nsa_dist.bench_rivals import Rival, full_rivals
+from nsa_dist.errors import ConfigError
 from nsa_dist.kernels.attention import local_views
 from nsa_dist.kernels.branch import BranchGrad
 from nsa_dist.kernels.compress import compress_mlp
 from nsa_dist.kernels.implementations import implementation
 from nsa_dist.kernels.packing import Packing
 from nsa_dist.kernels.selected import head_rows
-from nsa_dist.traces import NEEDS_64K, load_needs
 
-SPEC = NSASpec()
-SELECTIONS = ("random", "local", "same", "trained")
-TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 Row = dict[str, Any]
-Made = tuple[Callable[..., Tensor], list[Tensor]]
 
 
 @dataclass(frozen=True)
-class Shape:
-    tokens: int
-    heads: int
-    groups: int
-    dk: int
-    dv: int
-    dtype: str
+class Thing:
+    """What is timed; `differs`: what it computes otherwise than the definition."""
 
-    def random(self, *sizes: int) -> Tensor:
-        return torch.randn(*sizes, device="cuda", dtype=TYPES[self.dtype])
-
-
-Maker = Callable[[Shape], Made]
-Thing = tuple[str, str, Maker]
+    name: str
+    part: str
+    make: Maker
+    differs: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,11 +60,17 @@ class Rates:
 
 
 def bench_kernels(
-    shapes: list[Shape], say: Callable[[str], None], rows_file: Path | None, parts: bool, longest_full: int
+    shapes: list[Shape],
+    say: Callable[[str], None],
+    rows_file: Path | None,
+    parts: bool,
+    longest_full: int,
+    rivals: list[Rival],
 ) -> list[Row]:
     """Measures every shape; each row is printed and written when it is known.
 
-    Raises ConfigError where there is no GPU, and for a file that can't be written.
+    Raises ConfigError where there is no GPU, for a file that can't be written, and where a rival has left the GPU
+    unusable.
     """
     if not torch.cuda.is_available():
         raise ConfigError(
@@ -77,17 +82,15 @@ def bench_kernels(
     except OSError as error:
         raise ConfigError(f"--rows {rows_file}: {error.strerror}; must be a file that can be written") from None
     machine = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": _version("triton")}
+    for rival in rivals:
+        say(f"{rival.name}: {rival.differs}")
     for shape in shapes:
         rates = measure_rates(TYPES[shape.dtype])
         say(
             f"{machine['device']}  T={shape.tokens}  {shape.heads}/{shape.groups} heads  {shape.dk}/{shape.dv}  "
             f"{shape.dtype}  matmul {rates.matmul / 1e12:.0f} TFLOP/s  copy {rates.copy / 1e12:.2f} TB/s"
         )
-        things: list[Thing] = [("nsa-dist", "all of NSA", _whole)]
-        if shape.tokens <= longest_full:
-            things += [(name, "full attention", maker) for name, maker in _rivals()]
-        whole = [_whole_rows(shape, rates, *thing) for thing in things]
-        for row in itertools.chain(*whole, _branches(shape, rates) if parts else []):
+        for row in _shape_rows(shape, rates, parts, longest_full, rivals):
             row |= vars(shape) | machine
             rows.append(row)
             say(_line(row))
@@ -95,6 +98,30 @@ def bench_kernels(
                 out.write(json.dumps(row) + "\n")
                 out.flush()
     return rows
+
+
+def _shape_rows(shape: Shape, rates: Rates, parts: bool, longest_full: int, rivals: list[Rival]) -> Iterator[Row]:
+    """Ours first: a rival that breaks the GPU's context costs no row but its own."""
+    yield from thing_rows(shape, rates, Thing("nsa-dist", "all of NSA", _whole))
+    if parts:
+        yield from _branches(shape, rates)
+    if shape.tokens <= longest_full:
+        for name, make in full_rivals():
+            yield from thing_rows(shape, rates, Thing(name, "full attention", make))
+    for rival in rivals:
+        yield from thing_rows(shape, rates, Thing(rival.name, "all of NSA", rival.whole, rival.differs))
+    for rival, name in itertools.product(rivals, SELECTIONS if parts else ()):
+        picks = selection(name, shape.tokens, shape.groups)
+        if picks is not None:
+            yield from thing_rows(shape, rates, Thing(rival.name, f"selected: {name}", _given(rival, picks)))
+
+
+def _given(rival: Rival, picks: Tensor) -> Maker:
+    def make(shape: Shape) -> Made:
+        made = rival.selected(shape, picks)
+        return Made(made.fn, made.leaves, partial(selected_by_ours, shape, picks, *made.leaves))
+
+    return make
 
 
 def measure_rates(dtype: torch.dtype) -> Rates:
@@ -125,23 +152,47 @@ def times(fn: Callable[[], object], budget_ms: float = 600) -> list[float]:
     return [float(x) for x in np.quantile(found, [0.2, 0.5, 0.8])]
 
 
-def _whole_rows(shape: Shape, rates: Rates, name: str, part: str, make: Maker) -> Iterator[Row]:
-    """Forward and backward of a differentiable function of tensors; what a rival can't run is told, not hidden."""
-    flop = _flop(shape, part)
+def thing_rows(shape: Shape, rates: Rates, thing: Thing) -> Iterator[Row]:
+    """Forward and backward of a differentiable function of tensors; what it can't run is told, not hidden.
+
+    Raises ConfigError where it has left the GPU unusable.
+    """
+    flop = _flop(shape, thing.part)
+    head: Row = {"name": thing.name, "part": thing.part}
+    if thing.differs:
+        head["differs"] = thing.differs
+    gc.collect()
     torch.cuda.empty_cache()
+    torch.compiler.reset()  # else FlexAttention of the ninth shape isn't compiled
     try:
-        fn, leaves = make(shape)
-        leaves = [x.requires_grad_() for x in leaves]
+        made = thing.make(shape)
+        leaves = [x.requires_grad_() for x in made.leaves]
         with torch.no_grad():
-            took, peak = _peak(lambda: times(lambda: fn(*leaves)))
-        yield _row(name, part, "forward", took, peak, flop[0], rates)
-        out = fn(*leaves)
+            took, peak = _peak(lambda: times(lambda: made.fn(*leaves)))
+            if made.same_by_ours:
+                want = made.same_by_ours().float()
+                head["error_to_ours"] = float((made.fn(*leaves).float() - want).norm() / want.norm())
+                del want
+        yield head | _measured("forward", took, peak, flop[0], rates)
+        out = made.fn(*leaves)
         grad = torch.randn_like(out)
         took, peak = _peak(lambda: times(lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)))
-        yield _row(name, part, "backward", took, peak, flop[1], rates)
-    except (RuntimeError, NotImplementedError) as error:
-        told = str(error).strip().splitlines()[0][:160]
-        yield {"name": name, "part": part, "phase": "not run", "error": told}
+        yield head | _measured("backward", took, peak, flop[1], rates)
+    except Exception as error:  # whatever a rival raises
+        told = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        yield head | {"phase": "not run", "error": f"{type(error).__name__}: {told}"[:200]}
+        _check_usable(shape, thing)
+
+
+def _check_usable(shape: Shape, thing: Thing) -> None:
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        told = str(error).splitlines()[0]
+        raise ConfigError(
+            f"{thing.name} at T={shape.tokens}: left the GPU unusable ({told}); the rows until here are written; "
+            f"allowed: --rivals without it"
+        ) from None
 
 
 def _peak(measure: Callable[[], list[float]]) -> tuple[list[float], int]:
@@ -150,18 +201,18 @@ def _peak(measure: Callable[[], list[float]]) -> tuple[list[float], int]:
     return found, torch.cuda.max_memory_allocated()
 
 
-def _row(name: str, part: str, phase: str, ms: list[float], peak: int, flop: float, rates: Rates) -> Row:
-    ideal = flop / rates.matmul * 1e3
-    return {"name": name, "part": part, "phase": phase, "ms": ms, "peak_bytes": peak, "ideal_ms": ideal}
+def _measured(phase: str, ms: list[float], peak: int, flop: float, rates: Rates) -> Row:
+    return {"phase": phase, "ms": ms, "peak_bytes": peak, "ideal_ms": flop / rates.matmul * 1e3}
 
 
 def _line(row: Row) -> str:
-    head = f"  {row['name']:22s} {row['part']:22s} {row['phase']:9s}"
+    head = f"  {row['name']:23s} {row['part']:18s} {row['phase']:9s}"
     if "error" in row:
         return f"{head} {row['error']}"
     p20, p50, p80 = row["ms"]
     share = f"{row['ideal_ms'] / p50:5.0%} of the roofline" if row["ideal_ms"] else ""
-    return f"{head} {p50:9.3f} ms ({p20:.3f} to {p80:.3f})  {row['peak_bytes'] / 2**30:6.2f} GiB  {share}"
+    error = f"  {row['error_to_ours']:.1%} from ours" if "error_to_ours" in row else ""
+    return f"{head} {p50:9.3f} ms ({p20:.3f} to {p80:.3f})  {row['peak_bytes'] / 2**30:6.2f} GiB  {share}{error}"
 
 
 def _pairs(shape: Shape) -> dict[str, float]:
@@ -189,31 +240,19 @@ def _flop(shape: Shape, part: str) -> tuple[float, float]:
 
 def _whole(shape: Shape) -> Made:
     """From q, k, v and gates to the output, the compression of keys and values included."""
-    t, g = shape.tokens, shape.groups
-    first = torch.from_numpy(Packing(np.array([0, t]), SPEC).cmp_start).cuda()
+    first = shape.first_rows()
 
     def weights(d: int) -> list[Tensor]:
         l = SPEC.compress_block
-        made = (
-            shape.random(l, d),
-            shape.random(2 * d, l * d),
-            shape.random(2 * d),
-            shape.random(d, 2 * d),
-            shape.random(d),
-        )
+        sizes = (l, d), (2 * d, l * d), (2 * d,), (d, 2 * d), (d,)
+        made = [shape.random(*size) for size in sizes]
         return [w * (l * d) ** -0.5 if w.dim() == 2 else w for w in made]
 
-    def attend(q: Tensor, gates: Tensor, *xs: Tensor) -> Tensor:
-        k, v, k_slc, v_slc, k_win, v_win = xs[:6]
-        k_cmp, v_cmp = (_compress(x, first, *w) for x, w in ((k, xs[6:11]), (v, xs[11:])))
-        q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = (
-            x[None] for x in (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
-        )
-        return nsa_attention(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, SPEC)[0]
+    def attend(q: Tensor, gates: Tensor, k: Tensor, v: Tensor, *xs: Tensor) -> Tensor:
+        k_cmp, v_cmp = (_compress(x, first, *w) for x, w in ((k, xs[4:9]), (v, xs[9:])))
+        return one_sequence(q, gates, [k_cmp, v_cmp, *xs[:4]])
 
-    kv = [shape.random(t, g, d) for _ in range(3) for d in (shape.dk, shape.dv)]
-    gates = torch.sigmoid(shape.random(t, shape.heads, 3))
-    return attend, [shape.random(t, shape.heads, shape.dk), gates, *kv, *weights(shape.dk), *weights(shape.dv)]
+    return Made(attend, [*nsa_inputs(shape), *weights(shape.dk), *weights(shape.dv)])
 
 
 def _compress(x: Tensor, first: Tensor, position: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
@@ -232,7 +271,8 @@ def _branches(shape: Shape, rates: Rates) -> list[Row]:
 
     def measure(part: str, phase: str, fn: Callable[[], object]) -> None:
         took, peak = _peak(lambda: times(fn))
-        rows.append(_row("nsa-dist", part, phase, took, peak, _flop(shape, part)[phase == "backward"], rates))
+        flop = _flop(shape, part)[phase == "backward"]
+        rows.append({"name": "nsa-dist", "part": part} | _measured(phase, took, peak, flop, rates))
 
     def branch(o: Tensor, lse: Tensor) -> BranchGrad:
         return BranchGrad(do, gates[..., 0], o, lse, local.row_deltas(do, [o])[..., 0])
@@ -262,99 +302,6 @@ def _branches(shape: Shape, rates: Rates) -> list[Row]:
     return rows
 
 
-def selection(name: str, tokens: int, groups: int) -> Tensor | None:
-    """[T, G, n] int32 on the GPU, block 0 and the last two of each query included.
-
-    random: any earlier blocks; local: the nearest; same: the first ones for every query; trained: among those that
-    the query's group of 64 selected in the packaged trace of a model (None above its 65,536 tokens).
-    """
-    n, size = SPEC.select_count, SPEC.select_block
-    own = torch.arange(tokens, device="cuda") // size
-    block = torch.arange(int(own[-1]) + 1, device="cuda")
-    generator = torch.Generator("cuda").manual_seed(0)
-    if name == "trained":
-        if tokens > 65536:
-            return None
-        needs = np.unpackbits(load_needs(NEEDS_64K).bits[0], axis=-1).astype(bool)[:, : -(-tokens // size)]
-        needed = torch.from_numpy(needs).cuda()[:, :, : len(block)]
-    picks = torch.empty(tokens, groups, n, dtype=torch.int32, device="cuda")
-    for g in range(groups):
-        for first in range(0, tokens, 8192):
-            at = own[first : first + 8192, None]
-            if name == "local":
-                rank = block.float().expand(len(at), -1).clone()
-            elif name == "same":
-                rank = -block.float().expand(len(at), -1).clone()
-            else:
-                rank = torch.rand(len(at), len(block), generator=generator, device="cuda")
-            if name == "trained":
-                rank += needed[g % len(needed), at[:, 0]].float()
-            rank.masked_fill_((block == 0) | (block > at - SPEC.local_blocks), torch.inf)
-            rank.masked_fill_(block > at, -torch.inf)
-            best, pick = rank.topk(min(n, len(block)), dim=1)
-            pick = pick.masked_fill(best == -torch.inf, len(block)).sort(1).values
-            pick = F.pad(pick.masked_fill(pick == len(block), -1), (0, n - pick.shape[1]), value=-1)
-            picks[first : first + 8192, g] = pick.int()
-    return picks
-
-
-def _rivals() -> list[tuple[str, Maker]]:
-    """Full causal attention by what is installed."""
-    from torch.nn.attention import SDPBackend
-
-    made: list[tuple[str, Maker]] = [
-        ("cuDNN (SDPA)", lambda shape: _sdpa(shape, SDPBackend.CUDNN_ATTENTION)),
-        ("FlashAttention-2 (SDPA)", lambda shape: _sdpa(shape, SDPBackend.FLASH_ATTENTION)),
-    ]
-    if importlib.util.find_spec("flash_attn"):
-        made.append(("flash-attn", _flash_attn))
-    made.append(("FlexAttention", _flex))
-    return made
-
-
-def _qkv(shape: Shape) -> list[Tensor]:
-    """[1, heads, T, D]"""
-    sizes = (shape.heads, shape.dk), (shape.groups, shape.dk), (shape.groups, shape.dv)
-    return [shape.random(1, heads, shape.tokens, d) for heads, d in sizes]
-
-
-def _sdpa(shape: Shape, backend: Any) -> Made:
-    from torch.nn.attention import sdpa_kernel
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        wide = F.pad(v, (0, shape.dk - shape.dv)) if "FLASH" in str(backend) else v  # it takes one head size
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, wide, is_causal=True, enable_gqa=True)[..., : shape.dv]
-
-    return attend, _qkv(shape)
-
-
-def _flash_attn(shape: Shape) -> Made:
-    from flash_attn import flash_attn_func
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, F.pad(v, (0, shape.dk - shape.dv))))
-        return flash_attn_func(q, k, v, causal=True)[..., : shape.dv]
-
-    return attend, _qkv(shape)
-
-
-def _flex(shape: Shape) -> Made:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    def causal(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return q >= k
-
-    mask = create_block_mask(causal, None, None, shape.tokens, shape.tokens, device="cuda")
-    torch._functorch.config.donated_buffer = False  # else its backward runs once only
-    compiled = torch.compile(flex_attention)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return compiled(q, k, v, block_mask=mask, enable_gqa=True)
-
-    return attend, _qkv(shape)
-
-
 def read_rows(path: Path) -> list[Row]:
     """Raises ConfigError for a file that isn't such rows."""
     try:
@@ -372,19 +319,21 @@ def draw(rows: list[Row], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise ConfigError("--chart: matplotlib isn't installed; allowed: pip install nsa-dist[report]") from None
-    figure = Figure(figsize=(10, 4.2))
     whole = [row for row in rows if row["part"] in ("all of NSA", "full attention") and "ms" in row]
-    for i, phase in enumerate(("forward", "backward")):
-        axes = figure.add_subplot(1, 2, i + 1)
-        for name in dict.fromkeys(row["name"] for row in whole):
-            line = sorted((r["tokens"], r["ms"][1]) for r in whole if r["name"] == name and r["phase"] == phase)
+    shapes = list(dict.fromkeys(tuple(row[n] for n in ("heads", "groups", "dk", "dv", "dtype")) for row in whole))
+    figure = Figure(figsize=(10, 4.2 * len(shapes)))
+    for i, (shape, phase) in enumerate(itertools.product(shapes, ("forward", "backward"))):
+        heads, groups, dk, dv, dtype = shape
+        axes = figure.add_subplot(len(shapes), 2, i + 1)
+        here = [row for row in whole if shape == (row["heads"], row["groups"], row["dk"], row["dv"], row["dtype"])]
+        for name in dict.fromkeys(row["name"] for row in here):
+            line = sorted((r["tokens"], r["ms"][1]) for r in here if r["name"] == name and r["phase"] == phase)
             axes.plot(*zip(*line, strict=True), marker="o", label=name, linewidth=3 if name == "nsa-dist" else 1.5)
-        axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms", title=phase)
+        title = f"{phase}: {heads} heads, {groups} KV heads, {dk}/{dv}, {dtype}"
+        axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms", title=title)
         axes.grid(True, alpha=0.3)
         axes.legend(fontsize=8)
-    first = rows[0]
-    shape = f"{first['heads']} heads, {first['groups']} KV heads, {first['dk']}/{first['dv']}, {first['dtype']}"
-    figure.suptitle(f"{first['device']}: {shape}")
+    figure.suptitle(rows[0]["device"] if rows else "")
     figure.tight_layout()
     try:
         figure.savefig(path, dpi=130, format=path.suffix.removeprefix(".") or "png")

@@ -48,9 +48,8 @@ examples:
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; its exit status. Errors are one line on stderr."""
     args = _parser().parse_args(argv)
-    from nsa_dist.config import ConfigError
-    from nsa_dist.process import RunFailed
-    from nsa_dist.torchrun import under_torchrun
+    from nsa_dist.errors import ConfigError
+    from nsa_dist.process import RunFailed, under_torchrun
 
     torchrun = under_torchrun(os.environ)
     try:
@@ -124,8 +123,9 @@ def _bench(args: argparse.Namespace) -> None:
 
 def _train(args: argparse.Namespace) -> None:
     from nsa_dist.auto import has_auto
-    from nsa_dist.config import ConfigError
-    from nsa_dist.torchrun import train_torchrun, under_torchrun
+    from nsa_dist.errors import ConfigError
+    from nsa_dist.process import under_torchrun
+    from nsa_dist.torchrun import train_torchrun
 
     config, console = _load(args.words), Console()
     if under_torchrun(os.environ):

@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nsa_dist.errors import ConfigError as ConfigError
 from nsa_dist.kernels import NSASpec
 
 AUTO = "auto"
@@ -29,12 +30,6 @@ CHOICES = {
     "launch.backend": ("ray", "torchrun"),
     "launch.device": ("auto", "cpu", "cuda"),
 }
-
-
-class ConfigError(ValueError):
-    """Bad input: one line that names the thing, its value and what is allowed."""
-
-    bad_input = True  # False in what is told in one line too, but is no fault of the input
 
 
 @dataclass

@@ -5,7 +5,7 @@ Shared by the workers that launch/ starts and by the processes that torchrun sta
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -13,9 +13,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from nsa_dist.config import ConfigError
+from nsa_dist.errors import ConfigError
 
 _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+
+
+def under_torchrun(environ: Mapping[str, str]) -> bool:
+    """True in a process that torchrun, or what speaks its language, has started."""
+    return all(name in environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"))
 
 
 class RunFailed(RuntimeError):

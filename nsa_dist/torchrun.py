@@ -4,7 +4,7 @@ import os
 import pickle
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -25,11 +25,6 @@ _OPENING = "nsa_dist/opening"  # what rank 0 decided: a Resume, or None after an
 _FAILURES = "nsa_dist/failures"  # how many ranks have failed
 _OPENING_TIME = timedelta(days=7)  # preparing a large corpus; torchrun ends the others if rank 0 dies
 _CAUSE_S = 5.0  # a rank that lost its connections gives the culprit so long to speak first
-
-
-def under_torchrun(environ: Mapping[str, str]) -> bool:
-    """True in a process that torchrun, or what speaks its language, has started."""
-    return all(name in environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"))
 
 
 def train_torchrun(config: Config, console: Console) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from nsa_dist.config import ConfigError
+from nsa_dist.errors import ConfigError
 from nsa_dist.kernels import NSASpec
 from nsa_dist.kernels.packing import Packing
 from nsa_dist.parallel.layout import Layout, make_layout
