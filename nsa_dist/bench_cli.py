@@ -23,6 +23,13 @@ examples:
   nsa-dist bench comm --ranks 4 --tokens 8192 --heads 4 --dims 32,32
   nsa-dist bench comm --ranks 8 --layout contiguous,zigzag --selection trained,adversarial --json rows.jsonl
   torchrun --nproc-per-node 8 -m nsa_dist bench comm --tokens 65536 --heads 64 --kv-heads 4"""
+_GPUS = """\
+All that several GPUs of one machine can show, in one command and a bounded time: results against one GPU, a layer
+under every exchange, a recipe's step, a rank killed in the middle of a run. Needs no Ray."""
+_GPUS_EPILOG = """\
+examples:
+  nsa-dist bench gpus --json gpus.jsonl --chart gpus.png
+  nsa-dist bench gpus --device cpu --gpus 2     the same on gloo, at tiny sizes: shows that it works"""
 
 
 def add_bench(whats: Any, form: Any) -> None:
@@ -61,6 +68,12 @@ def add_bench(whats: Any, form: Any) -> None:
     comm.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda")
     comm.add_argument("--repeats", default="3", metavar="R", help="timed runs; the median counts (3)")
     comm.add_argument("--json", type=Path, metavar="FILE", help="writes a JSON line for each measurement")
+    gpus = add("gpus", _gpus, "all of it on the GPUs of this machine", description=_GPUS, epilog=_GPUS_EPILOG)
+    gpus.add_argument("--gpus", default="0", metavar="N", help="how many at most (all)")
+    gpus.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda")
+    gpus.add_argument("--minutes", default="9", metavar="M", help="time for all of it (9)")
+    gpus.add_argument("--json", type=Path, metavar="FILE", help="writes a JSON line for each measurement")
+    gpus.add_argument("--chart", type=Path, metavar="FILE.png", help="draws the times of a layer (needs matplotlib)")
 
 
 def _kernels(args: argparse.Namespace, console: Console) -> None:
@@ -116,6 +129,15 @@ def _comm(args: argparse.Namespace, console: Console) -> None:
                         for name in exchanges
                     ]
     bench_comm(cases, device, numbers("--repeats", args.repeats, 1)[0], args.json, console.say)
+
+
+def _gpus(args: argparse.Namespace, console: Console) -> None:
+    from nsa_dist.bench_gpus import bench_gpus
+
+    device = choices("--device", args.device, ("auto", "cpu", "cuda"), 1)[0]
+    most = 0 if args.gpus == "0" else numbers("--gpus", args.gpus, 1)[0]
+    minutes = numbers("--minutes", args.minutes, 1)[0]
+    bench_gpus(device, most, minutes, args.json, args.chart, console.say)
 
 
 def _check_heads(heads: int, groups: int) -> None:

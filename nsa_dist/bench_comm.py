@@ -16,14 +16,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.rendezvous import rendezvous
 
 from nsa_dist.bench_rows import Row, Rows, traffic_row
 from nsa_dist.config import ConfigError
 from nsa_dist.device_trace import Communication, traced
 from nsa_dist.kernels import NSASpec
 from nsa_dist.kernels.compress import compress_mlp
-from nsa_dist.kernels.packing import Packing
+from nsa_dist.kernels.packing import Ints, Packing
 from nsa_dist.memory import Peak
 from nsa_dist.parallel.attention import CompressHalo, pack, unpack
 from nsa_dist.parallel.exchanges import full_exchange, nsa_exchange
@@ -36,10 +35,12 @@ from nsa_dist.parallel.traffic import Sizes
 from nsa_dist.picks import prescribed
 from nsa_dist.process import choose_device, process_group, under_torchrun
 from nsa_dist.ranks import Ranks
+from nsa_dist.torchrun import torchrun_store
 
 EXCHANGES = ("nsa", "allgather", "allgather_heads", "groupcast", "ulysses", "ring")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SPEC = NSASpec()
+ENOUGH_S = 6.0  # no further repeats of what has taken so long
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,7 @@ def _under_torchrun(
     local_rank = int(os.environ["LOCAL_RANK"])
     placed = choose_device(device, int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1)))
     rows = Rows(file if rank == 0 else None)
-    store, _, _ = next(rendezvous("env://"))
-    with process_group(store, rank, world_size, placed, local_rank, 600):
+    with process_group(torchrun_store(), rank, world_size, placed, local_rank, 600):
         mesh = make_mesh(1, world_size, 0, placed)
         for case in cases:
             if case.impossible:
@@ -119,16 +119,19 @@ def _under_torchrun(
 def measure(mesh: Mesh, case: Case, repeats: int) -> Row:
     """The case's row, the same on every rank of the mesh's cp axis; all of them call it together."""
     axis, device = mesh.cp, torch.device(mesh.parameters.device_type)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     layer = Layer(case, axis, device)
     axis.ledger.take()
     peak = Peak(device)
     layer.forward()
     layer.backward()  # warm: kernels are compiled, communicators made, plans known
     peak_bytes = peak.bytes()
-    tables = _gathered(as_table(axis.ledger.take()), axis)
-    times, exposed = [], []
-    for _ in range(repeats):
-        times.append(_slowest([_timed(layer.forward, device), _timed(layer.backward, device)]))
+    tables = gathered(as_table(axis.ledger.take()))
+    times: list[list[float]] = []
+    exposed: list[float] = []
+    while len(times) < repeats and sum(sum(t) for t in times) < ENOUGH_S:
+        times.append(slowest([timed(layer.forward, device), timed(layer.backward, device)]))
         exposed.append(sum(totals.exposed_s for totals in axis.ledger.take().values()))
     row: Row = {key: value for key, value in asdict(case).items() if key != "trace"}
     row |= traffic_row(tables, case.tokens, case.sizes)
@@ -137,7 +140,7 @@ def measure(mesh: Mesh, case: Case, repeats: int) -> Row:
     row["tokens_per_s"] = case.tokens / (forward + backward)
     row |= _communication(layer, axis, device, statistics.median(exposed))
     row |= {"peak_bytes_mean": float(np.mean(every(peak_bytes))), "peak_bytes_max": max(every(peak_bytes))}
-    row |= {"device": _name(device), "torch": torch.__version__, "repeats": repeats}
+    row |= {"device": device_name(device), "torch": torch.__version__, "repeats": len(times)}
     return row
 
 
@@ -224,15 +227,18 @@ def every(value: Any) -> list[Any]:
     return found
 
 
-def _gathered(table: Any, axis: Axis) -> Any:
+def gathered(table: Ints) -> Ints:
+    """[ranks, ...] of each rank's table."""
     return np.stack(every(table))
 
 
-def _slowest(seconds: list[float]) -> list[float]:
+def slowest(seconds: list[float]) -> list[float]:
+    """Each of them as it was on the slowest rank."""
     return [max(x) for x in zip(*every(seconds), strict=True)]
 
 
-def _timed(fn: Callable[[], None], device: torch.device) -> float:
+def timed(fn: Callable[[], object], device: torch.device) -> float:
+    """Seconds of this rank, started together with the others'."""
     _together(device)
     start = time.perf_counter()
     fn()
@@ -264,5 +270,6 @@ def _communication(layer: Layer, axis: Axis, device: torch.device, exposed_s: fl
     return {"exposed_ms": worst.exposed_ms, "hidden_ms": worst.hidden_ms, "nccl": [asdict(c) for c in found]}
 
 
-def _name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """For a row."""
     return torch.cuda.get_device_name() if device.type == "cuda" else "cpu, gloo"

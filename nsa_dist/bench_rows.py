@@ -15,18 +15,18 @@ APART = ("parameters", "control")  # kinds that belong to no exchange
 Row = dict[str, Any]
 
 
-def traffic_row(tables: Ints, tokens: int, sizes: Sizes) -> Row:
+def traffic_row(tables: Ints, tokens: int, sizes: Sizes, layers: int = 1) -> Row:
     """Keys `received_bytes_mean`, `_max` and `share_of_allgather`, `_max` (of all kinds together over (P-1) L kv, in
     the forward), the same with `backward_` before them, and `kinds`: each kind's and phase's part.
 
-    tables: [ranks, kinds, phases, fields], as the ledger's `as_table` gives one.
+    tables: [ranks, kinds, phases, fields], as the ledger's `as_table` gives one; of so many layers.
     """
     ranks = len(tables)
     row: Row = {}
     for j, phase in enumerate(PHASES):
         received = np.array([tables[:, i, j, 1] for i, kind in enumerate(KINDS) if kind not in APART]).sum(0)
         element = sizes.element_bytes if phase == "forward" else sizes.grad_bytes
-        whole = (ranks - 1) * tokens / ranks * sizes.kv * element
+        whole = (ranks - 1) * tokens / ranks * sizes.kv * element * layers
         name = "" if phase == "forward" else "backward_"
         row[f"{name}received_bytes_mean"] = float(received.mean())
         row[f"{name}received_bytes_max"] = int(received.max())

@@ -6,6 +6,7 @@ import os
 import resource
 import sys
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,13 +31,17 @@ class MetricsWriter:
     """
 
     def __init__(self, run_dir: str | Path, start_step: int, say: Callable[[str], None]) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # slow; reading metrics needs none of it
-
         self._path = Path(run_dir) / FILE
         self._path.parent.mkdir(parents=True, exist_ok=True)
         _drop_after(self._path, start_step, say)
         self._file = self._path.open("a")
-        self._board = SummaryWriter(str(self._path.parent / "tensorboard"), purge_step=start_step + 1)
+        self._board = None
+        if find_spec("tensorboard"):
+            from torch.utils.tensorboard import SummaryWriter  # slow; reading metrics needs none of it
+
+            self._board = SummaryWriter(str(self._path.parent / "tensorboard"), purge_step=start_step + 1)
+        else:
+            say("TensorBoard isn't installed: metrics.jsonl alone is written")
 
     def step(self, record: dict[str, Any]) -> None:
         """Writes one step. Raises ConfigError naming the value, and writes nothing, if one isn't finite."""
@@ -45,14 +50,16 @@ class MetricsWriter:
                 raise ConfigError(f"{key}={value} at step {record['step']}: must be finite")
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
-        for name, value in _scalars(record).items():
-            self._board.add_scalar(name, value, record["step"])
-        self._board.flush()
+        if self._board:
+            for name, value in _scalars(record).items():
+                self._board.add_scalar(name, value, record["step"])
+            self._board.flush()
 
     def close(self) -> None:
         """Closes both files."""
         self._file.close()
-        self._board.close()
+        if self._board:
+            self._board.close()
 
     def __enter__(self) -> "MetricsWriter":
         return self

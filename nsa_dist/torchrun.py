@@ -27,6 +27,13 @@ _OPENING_TIME = timedelta(days=7)  # preparing a large corpus; torchrun ends the
 _CAUSE_S = 5.0  # a rank that lost its connections gives the culprit so long to speak first
 
 
+def torchrun_store() -> dist.Store:
+    """The store that meets the ranks. torchrun keeps one for all its restarts: each sees only its own entries,
+    else a run started again would read what the one before has decided, and look for its ranks."""
+    store, _, _ = next(rendezvous("env://"))
+    return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
 def train_torchrun(config: Config, console: Console) -> None:
     """Trains as one rank of those that are there. Rank 0 prepares the data, holds the lock, and decides alone.
 
@@ -47,7 +54,7 @@ def train_torchrun(config: Config, console: Console) -> None:
     local_rank = int(os.environ["LOCAL_RANK"])
     device = choose_device(config.launch.device, int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1)))
     placed = replace(config, launch=replace(config.launch, device=device))
-    store, _, _ = next(rendezvous("env://"))
+    store = torchrun_store()
     with _opened(config, console, store, rank, world_size, device) as resume:
         try:
             from nsa_dist.train import train
