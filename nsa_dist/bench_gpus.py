@@ -286,7 +286,7 @@ def _recipe(bench: Bench, ranks: int, sizes: Sizes, tokens: int) -> None:
         of = f" ({share:.1%} of the all-gather)" if share else ""
         bench.say(
             f"  recipe {row['exchange']:10s} T={tokens}: step {row['step_ms']:.0f} ms, "
-            f"{row['tokens_per_s']:,.0f} tok/s, received {row['received_bytes_mean'] / 2**20:.1f} MiB a rank in the forward{of}, "
+            f"{row['tokens_per_s']:,.0f} tok/s, received {row['received_bytes_mean'] / 2**20:.1f} MiB{of}, "
             f"{row['peak_bytes_max'] / 2**30:.1f} GiB"
         )
 
