@@ -239,7 +239,7 @@ def add_parts_kernel(
         d = tl.arange(0, WIDTH)
         mask = (n < end)[:, None] & (d < D)[None, :]
         total = tl.load(d_ptr + n[:, None] * D + d[None, :], mask=mask, other=0.0)
-        for part in range(parts):
+        for part in tl.range(parts, loop_unroll_factor=8):
             at = (split + part).to(tl.int64) * longest + n - begin
             total += tl.load(part_ptr + at[:, None] * D + d[None, :], mask=mask, other=0.0)
         tl.store(d_ptr + n[:, None] * D + d[None, :], total, mask=mask)
