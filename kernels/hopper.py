@@ -59,50 +59,6 @@ def _tile(m_begin, queries, heads, g, lo_ptr, hi_ptr, R: gl.constexpr, BM: gl.co
 
 
 @gluon.jit
-def _seen_tiles(queries, heads, g, lo_ptr, hi_ptr, R: gl.constexpr, BN: gl.constexpr):
-    """This program's 128 rows: the first; the first key that one sees; the keys that all see; tiles of keys."""
-    across: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    m_begin = (gl.num_programs(0) - 1 - gl.program_id(0)) * 128  # late queries see most: first
-    here, _, lo, hi = _tile(m_begin, queries, heads, g, lo_ptr, hi_ptr, R, 128, across)
-    start = gl.min(gl.where(here, lo, 2147483647), 0)
-    inner = gl.max(gl.where(here, lo, 0), 0)
-    outer = gl.min(gl.where(here, hi, 2147483647), 0)
-    end = gl.max(gl.where(here, hi, 0), 0)
-    return m_begin, start, inner, outer, (gl.maximum(end - start, 0) + BN - 1) // BN
-
-
-@gluon.jit
-def _buffers(
-    k1_desc, k2_desc, v1_desc, v2_desc,
-    DK1: gl.constexpr, DK2: gl.constexpr, DV1: gl.constexpr, DV2: gl.constexpr, BN: gl.constexpr,
-    STAGES: gl.constexpr,
-):  # fmt: skip
-    """Of keys and values; what a head size of one piece doesn't need is small."""
-    dtype: gl.constexpr = k1_desc.dtype
-    k1 = gl.allocate_shared_memory(dtype, [STAGES, BN, DK1], k1_desc.layout)
-    k2 = gl.allocate_shared_memory(dtype, [STAGES, BN if DK2 > 0 else 8, DK2 if DK2 > 0 else 64], k2_desc.layout)
-    v1 = gl.allocate_shared_memory(dtype, [STAGES, BN, DV1], v1_desc.layout)
-    v2 = gl.allocate_shared_memory(dtype, [STAGES, BN if DV2 > 0 else 8, DV2 if DV2 > 0 else 64], v2_desc.layout)
-    return k1, k2, v1, v2
-
-
-@gluon.jit
-def _bars(STAGES: gl.constexpr):
-    """For each buffer of keys and of values: it is full (one arrival), both warp groups are done with it."""
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=2)
-        mbarrier.init(v_empty.index(i), count=2)
-    fence_async_shared()
-    return k_full, k_empty, v_full, v_empty
-
-
-@gluon.jit
 def _feed(
     k1_desc, k2_desc, v1_desc, v2_desc, k1, k2, v1, v2, k_full, k_empty, v_full, v_empty, start, tiles, k_column,
     v_column,
@@ -200,12 +156,32 @@ def range_forward_kernel(
 ):  # fmt: skip
     """Two warp groups of 64 rows, and a warp that loads for both."""
     dtype: gl.constexpr = k1_desc.dtype
+    across: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     g = gl.program_id(1)
-    m_begin, start, inner, outer, tiles = _seen_tiles(queries, heads, g, lo_ptr, hi_ptr, R, BN)
-    k1, k2, v1, v2 = _buffers(k1_desc, k2_desc, v1_desc, v2_desc, DK1, DK2, DV1, DV2, BN, STAGES)
+    m_begin = (gl.num_programs(0) - 1 - gl.program_id(0)) * 128  # late queries see most: first
+    here, _, lo, hi = _tile(m_begin, queries, heads, g, lo_ptr, hi_ptr, R, 128, across)
+    start = gl.min(gl.where(here, lo, 2147483647), 0)
+    inner = gl.max(gl.where(here, lo, 0), 0)
+    outer = gl.min(gl.where(here, hi, 2147483647), 0)
+    end = gl.max(gl.where(here, hi, 0), 0)
+    tiles = (gl.maximum(end - start, 0) + BN - 1) // BN
+
+    k1 = gl.allocate_shared_memory(dtype, [STAGES, BN, DK1], k1_desc.layout)
+    k2 = gl.allocate_shared_memory(dtype, [STAGES, BN if DK2 > 0 else 8, DK2 if DK2 > 0 else 64], k2_desc.layout)
+    v1 = gl.allocate_shared_memory(dtype, [STAGES, BN, DV1], v1_desc.layout)
+    v2 = gl.allocate_shared_memory(dtype, [STAGES, BN if DV2 > 0 else 8, DV2 if DV2 > 0 else 64], v2_desc.layout)
     q1 = gl.allocate_shared_memory(dtype, [2, 64, DK1], k1_desc.layout)
     q2 = gl.allocate_shared_memory(dtype, [2, 64 if DK2 > 0 else 8, DK2 if DK2 > 0 else 64], k2_desc.layout)
-    k_full, k_empty, v_full, v_empty = _bars(STAGES)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=2)
+        mbarrier.init(v_empty.index(i), count=2)
+    fence_async_shared()
     gl.warp_specialize(
         [
             (_attend, (0, q1, q2, k1, k2, v1, v2, k_full, k_empty, v_full, v_empty, q_ptr, lo_ptr, hi_ptr, o_ptr,
@@ -226,16 +202,13 @@ def range_forward_kernel(
 def _store_out(
     o_ptr, o, factor, m_begin, queries, heads, g,
     R: gl.constexpr, BM: gl.constexpr, DV: gl.constexpr, START: gl.constexpr, WIDTH: gl.constexpr,
-    layout: gl.constexpr, ADD: gl.constexpr = False,
+    layout: gl.constexpr,
 ):  # fmt: skip
-    """Rows times a factor each, put or added where they belong."""
     m = m_begin + gl.arange(0, BM, gl.SliceLayout(1, layout))
     row = (m // R).to(gl.int64) * heads + g * R + m % R
     d = START + gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
     o = o * gl.convert_layout(factor, gl.SliceLayout(1, layout))[:, None]
     mask = (m // R < queries)[:, None] & (d < DV)[None, :]
-    if ADD:
-        o += gl.load(o_ptr + row[:, None] * DV + d[None, :], mask=mask, other=0.0).to(gl.float32)
     gl.store(o_ptr + row[:, None] * DV + d[None, :], o.to(o_ptr.dtype.element_ty), mask=mask)
 
 
@@ -311,113 +284,6 @@ def score_sums_kernel(
 
 
 @gluon.jit
-def _descend(
-    half, q1, q2, do1, do2, k1, k2, v1, v2, k_full, k_empty, v_full, v_empty, do_ptr, q_ptr, lse_ptr, delta_ptr,
-    gate_ptr, lo_ptr, hi_ptr, dq_ptr, m_begin, queries, heads, g, scale, start, inner, outer, tiles,
-    R: gl.constexpr, DK: gl.constexpr, DK1: gl.constexpr, DK2: gl.constexpr, DV: gl.constexpr, DV1: gl.constexpr,
-    DV2: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, ADD: gl.constexpr,
-):  # fmt: skip
-    """A warp group: dq of 64 rows. Scores and do v^T of tile j, and dq of tile j - 1, are under way together."""
-    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
-    out1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DK1, 16])
-    out2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DK2 if DK2 > 0 else 16, 16])
-    rows: gl.constexpr = gl.SliceLayout(1, scores)
-    copy: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    left: gl.constexpr = gl.DotOperandLayout(0, out1, 2)
-    dtype: gl.constexpr = q1.dtype
-    m_begin += half * 64
-    q1, q2, do1, do2 = q1.index(half), q2.index(half), do1.index(half), do2.index(half)
-    here_q, row_q, _, _ = _tile(m_begin, queries, heads, g, lo_ptr, hi_ptr, R, 64, gl.SliceLayout(1, copy))
-    _put_rows(q_ptr, row_q, here_q, q1, DK, 0, DK1, copy)
-    if DK2 > 0:
-        _put_rows(q_ptr, row_q, here_q, q2, DK, DK1, DK2, copy)
-    _put_rows(do_ptr, row_q, here_q, do1, DV, 0, DV1, copy)
-    if DV2 > 0:
-        _put_rows(do_ptr, row_q, here_q, do2, DV, DV1, DV2, copy)
-    fence_async_shared()
-    here, row, lo, hi = _tile(m_begin, queries, heads, g, lo_ptr, hi_ptr, R, 64, rows)
-    lse2 = gl.load(lse_ptr + row, mask=here, other=0.0) * LOG2E
-    delta = gl.load(delta_ptr + row, mask=here, other=0.0)
-    gate = gl.load(gate_ptr + row, mask=here, other=0.0)
-    dq1 = gl.zeros([64, DK1], gl.float32, out1)
-    dq2 = gl.zeros([64, DK2 if DK2 > 0 else 16], gl.float32, out2)
-    ds = gl.zeros([64, BN], dtype, left)
-    factor = scale * LOG2E
-    for j in range(tiles + 1):  # there is no tile -1, nor tile `tiles`: what comes of them is replaced and masked
-        slot, before = j % STAGES, (j + STAGES - 1) % STAGES
-        s = gl.zeros([64, BN], gl.float32, scores)
-        dp = gl.zeros([64, BN], gl.float32, scores)
-        mbarrier.wait(k_full.index(slot), (j // STAGES) & 1, pred=j < tiles)
-        s = warpgroup_mma(q1, k1.index(slot).permute((1, 0)), s, use_acc=False, is_async=True)
-        if DK2 > 0:
-            s = warpgroup_mma(q2, k2.index(slot).permute((1, 0)), s, is_async=True)
-        mbarrier.wait(v_full.index(slot), (j // STAGES) & 1, pred=j < tiles)
-        dp = warpgroup_mma(do1, v1.index(slot).permute((1, 0)), dp, use_acc=False, is_async=True)
-        if DV2 > 0:
-            dp = warpgroup_mma(do2, v2.index(slot).permute((1, 0)), dp, is_async=True)
-        dq1 = warpgroup_mma(ds, k1.index(before), dq1, use_acc=j > 1, is_async=True)
-        if DK2 > 0:
-            dq2 = warpgroup_mma(ds, k2.index(before), dq2, use_acc=j > 1, is_async=True)
-            s, dp = warpgroup_mma_wait(2, deps=[s, dp])
-        else:
-            s, dp = warpgroup_mma_wait(1, deps=[s, dp])
-        mbarrier.arrive(v_empty.index(slot), count=1, pred=j < tiles)
-        n0 = start + j * BN
-        p = gl.exp2(s * factor - lse2[:, None])
-        if (n0 < inner) | (n0 + BN > outer):
-            n = n0 + gl.arange(0, BN, gl.SliceLayout(0, scores))
-            seen = (n[None, :] >= lo[:, None]) & (n[None, :] < hi[:, None])
-            p = gl.where(seen, p, 0.0)
-            dp = gl.where(seen, dp, 0.0)  # tile `tiles` has products with anything, NaN included
-        p = p * (dp - delta[:, None])
-        if DK2 > 0:
-            dq1, dq2, ds = warpgroup_mma_wait(0, deps=[dq1, dq2, ds])
-        else:
-            dq1, ds = warpgroup_mma_wait(0, deps=[dq1, ds])
-        mbarrier.arrive(k_empty.index(before), count=1, pred=j > 0)
-        ds = gl.convert_layout(p.to(dtype), left)
-    if tiles == 0:
-        dq1, dq2 = gl.zeros_like(dq1), gl.zeros_like(dq2)
-    _store_out(dq_ptr, dq1, gate * scale, m_begin, queries, heads, g, R, 64, DK, 0, DK1, out1, ADD)
-    if DK2 > 0:
-        _store_out(dq_ptr, dq2, gate * scale, m_begin, queries, heads, g, R, 64, DK, DK1, DK2, out2, ADD)
-
-
-@gluon.jit
-def range_dq_kernel(
-    k1_desc, k2_desc, v1_desc, v2_desc, do_ptr, q_ptr, lse_ptr, delta_ptr, gate_ptr, lo_ptr, hi_ptr, dq_ptr, queries,
-    heads, k_head, v_head, scale,
-    R: gl.constexpr, DK: gl.constexpr, DK1: gl.constexpr, DK2: gl.constexpr,
-    DV: gl.constexpr, DV1: gl.constexpr, DV2: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
-    ADD: gl.constexpr,
-):  # fmt: skip
-    """As `ranged.range_dq_kernel`; the parts are those of `range_forward_kernel`."""
-    dtype: gl.constexpr = k1_desc.dtype
-    g = gl.program_id(1)
-    m_begin, start, inner, outer, tiles = _seen_tiles(queries, heads, g, lo_ptr, hi_ptr, R, BN)
-    k1, k2, v1, v2 = _buffers(k1_desc, k2_desc, v1_desc, v2_desc, DK1, DK2, DV1, DV2, BN, STAGES)
-    q1 = gl.allocate_shared_memory(dtype, [2, 64, DK1], k1_desc.layout)
-    q2 = gl.allocate_shared_memory(dtype, [2, 64 if DK2 > 0 else 8, DK2 if DK2 > 0 else 64], k2_desc.layout)
-    do1 = gl.allocate_shared_memory(dtype, [2, 64, DV1], v1_desc.layout)
-    do2 = gl.allocate_shared_memory(dtype, [2, 64 if DV2 > 0 else 8, DV2 if DV2 > 0 else 64], v2_desc.layout)
-    k_full, k_empty, v_full, v_empty = _bars(STAGES)
-    gl.warp_specialize(
-        [
-            (_descend, (0, q1, q2, do1, do2, k1, k2, v1, v2, k_full, k_empty, v_full, v_empty, do_ptr, q_ptr, lse_ptr,
-                        delta_ptr, gate_ptr, lo_ptr, hi_ptr, dq_ptr, m_begin, queries, heads, g, scale, start, inner,
-                        outer, tiles, R, DK, DK1, DK2, DV, DV1, DV2, BN, STAGES, ADD)),
-            (_descend, (1, q1, q2, do1, do2, k1, k2, v1, v2, k_full, k_empty, v_full, v_empty, do_ptr, q_ptr, lse_ptr,
-                        delta_ptr, gate_ptr, lo_ptr, hi_ptr, dq_ptr, m_begin, queries, heads, g, scale, start, inner,
-                        outer, tiles, R, DK, DK1, DK2, DV, DV1, DV2, BN, STAGES, ADD)),
-            (_feed, (k1_desc, k2_desc, v1_desc, v2_desc, k1, k2, v1, v2, k_full, k_empty, v_full, v_empty, start,
-                     tiles, g * k_head, g * v_head, DK1, DK2, DV1, DV2, BN, STAGES)),
-        ],
-        [4, 1],
-        [240, 24],
-    )  # fmt: skip
-
-
-@gluon.jit
 def _columns(
     begin, stop, heads, g, R: gl.constexpr, RP: gl.constexpr, BM: gl.constexpr, layout: gl.constexpr
 ):  # fmt: skip
@@ -473,23 +339,3 @@ def range_forward(q: Tensor, k: Tensor, v: Tensor, ranges: Ranges, scale: float,
         *descriptors(k, meta["BN"]), *descriptors(v, meta["BN"]), q, ranges.lo_S, ranges.hi_S, o, lse, s, h,
         k.stride(1), v.stride(1), scale, R=h // groups, **head_sizes(dk, dv), BN=meta["BN"],
         STAGES=meta["num_stages"], num_warps=4)  # fmt: skip
-
-
-def range_dq(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rows: tuple[Tensor, Tensor, Tensor],
-    ranges: Ranges,
-    scale: float,
-    dq: Tensor,
-    add: bool,
-) -> None:
-    """`ranged.range_dq_kernel` over all tiles, where `takes(q, k, v)`. rows: lse, delta, gate."""
-    (s, h, dk), (_, groups, dv) = q.shape, v.shape
-    meta = tuned("hopper_dq", q, dk, dv)
-    range_dq_kernel[(triton.cdiv(s * (h // groups), 128), groups)](
-        *descriptors(k, meta["BN"]), *descriptors(v, meta["BN"]), do, q, *rows, ranges.lo_S, ranges.hi_S, dq, s, h,
-        k.stride(1), v.stride(1), scale, R=h // groups, **head_sizes(dk, dv), BN=meta["BN"],
-        STAGES=meta["num_stages"], ADD=add, num_warps=4)  # fmt: skip

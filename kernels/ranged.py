@@ -214,16 +214,13 @@ def range_backward(
     d_k = k.new_empty(splits, keys, groups, dk, dtype=torch.float32)
     d_v = v.new_empty(splits, keys, groups, dv, dtype=torch.float32)
     if s:
+        meta = tuned("range_dq", q, dk, dv)
         shared = (k.stride(0), k.stride(1), v.stride(0), v.stride(1), scale)
         sizes = {"R": h // groups, "PREC": precision(q), **head_sizes(dk, dv)}
         count_launch("range_dq")
-        if hopper.takes(q, k, v):
-            hopper.range_dq(do, q, k, v, rows, ranges, scale, dq, add)
-        else:
-            meta = tuned("range_dq", q, dk, dv)
-            range_dq_kernel[(triton.cdiv(s * (h // groups), meta["BM"]), groups)](
-                do, q, k, v, *rows, ranges.lo_S, ranges.hi_S, dq, s, h, *shared,
-                ADD=add, **sizes, **meta)  # fmt: skip
+        range_dq_kernel[(triton.cdiv(s * (h // groups), meta["BM"]), groups)](
+            do, q, k, v, *rows, ranges.lo_S, ranges.hi_S, dq, s, h, *shared,
+            ADD=add, **sizes, **meta)  # fmt: skip
     if keys and s:
         meta = tuned("range_dkv", q, dk, dv)
         count_launch("range_dkv")
