@@ -22,7 +22,9 @@ _COMM_EPILOG = """\
 examples:
   nsa-dist bench comm --ranks 4 --tokens 8192 --heads 4 --dims 32,32
   nsa-dist bench comm --ranks 8 --layout contiguous,zigzag --selection trained,adversarial --json rows.jsonl
-  torchrun --nproc-per-node 8 -m nsa_dist bench comm --tokens 65536 --heads 64 --kv-heads 4"""
+  torchrun --nproc-per-node 8 -m nsa_dist bench comm --tokens 65536 --heads 64 --kv-heads 4
+  nsa-dist bench comm --simulate --tokens 65536 --ranks 8,64 --selection trained --trace picks.npz
+  nsa-dist bench comm --simulate --tokens 1048576 --ranks 16 --selection random --span 65536 --span-blocks 0.05"""
 _GPUS = """\
 All that several GPUs of one machine can show, in one command and a bounded time: results against one GPU, a layer
 under every exchange, a recipe's step, a rank killed in the middle of a run. Needs no Ray."""
@@ -65,6 +67,13 @@ def add_bench(whats: Any, form: Any) -> None:
     comm.add_argument("--exchange", default="all", metavar="E,...", help="which ones (all)")
     comm.add_argument("--selection", default="random", metavar="S,...", help="random, trained, adversarial (random)")
     comm.add_argument("--trace", type=Path, metavar="FILE", help=".npz of trained selections (the packaged one)")
+    comm.add_argument(
+        "--simulate", action="store_true", help="plans and counts without running; any --tokens, --ranks"
+    )
+    comm.add_argument("--span", metavar="N", help="with --simulate: the span rule, N tokens a span")
+    comm.add_argument(
+        "--span-blocks", metavar="X", help="its bound: blocks, or below 1 a share of those before a span"
+    )
     comm.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda")
     comm.add_argument("--repeats", default="3", metavar="R", help="timed runs; the median counts (3)")
     comm.add_argument("--json", type=Path, metavar="FILE", help="writes a JSON line for each measurement")
@@ -101,6 +110,7 @@ def _comm(args: argparse.Namespace, console: Console) -> None:
     from nsa_dist.kernels import NSASpec
     from nsa_dist.parallel.layout import LAYOUTS
     from nsa_dist.picks import SELECTIONS, open_trace
+    from nsa_dist.simulate import SIMULATED, simulate
     from nsa_dist.traces import NEEDS_64K
 
     (groups,) = numbers("--kv-heads", args.kv_heads or "2", 1)
@@ -110,12 +120,14 @@ def _comm(args: argparse.Namespace, console: Console) -> None:
     dtype = choices("--dtype", args.dtype, DTYPES, 1)[0]
     exchanges = choices("--exchange", ",".join(EXCHANGES) if args.exchange == "all" else args.exchange, EXCHANGES)
     device = choices("--device", args.device, ("auto", "cpu", "cuda"), 1)[0]
-    selections = choices("--selection", args.selection, SELECTIONS)
-    longest = open_trace(args.trace or NEEDS_64K).tokens if "trained" in selections else 0
+    selections = choices("--selection", args.selection, SIMULATED if args.simulate else SELECTIONS)
+    spec = _span(args)
+    bounded = "trained" in selections and not args.simulate
+    longest = open_trace(args.trace or NEEDS_64K).tokens if bounded else 0
     cases = []
     for ranks in numbers("--ranks", args.ranks):
         for tokens in numbers("--tokens", args.tokens):
-            if "trained" in selections and tokens > longest:
+            if bounded and tokens > longest:
                 raise ConfigError(
                     f"--tokens {tokens}: must be at most {longest}, the trace's, for --selection trained"
                 )
@@ -128,7 +140,25 @@ def _comm(args: argparse.Namespace, console: Console) -> None:
                         Case(name, ranks, layout, selection, tokens, heads, groups, dk, dv, dtype, args.trace)
                         for name in exchanges
                     ]
+    if args.simulate:
+        simulate(cases, spec, args.json, console.say)
+        return
     bench_comm(cases, device, numbers("--repeats", args.repeats, 1)[0], args.json, console.say)
+
+
+def _span(args: argparse.Namespace) -> Any:
+    """NSA's sizes with --span and --span-blocks."""
+    from nsa_dist.simulate import span_spec
+
+    if (args.span or args.span_blocks) and not args.simulate:
+        raise ConfigError(f"--span {args.span}: needs --simulate; a prescribed selection isn't bounded in a real run")
+    try:
+        blocks = float(args.span_blocks or 0)
+    except ValueError:
+        raise ConfigError(
+            f"--span-blocks {args.span_blocks}: must be a number of blocks, or a share below 1"
+        ) from None
+    return span_spec(numbers("--span", args.span, 1)[0] if args.span else 0, blocks)
 
 
 def _gpus(args: argparse.Namespace, console: Console) -> None:

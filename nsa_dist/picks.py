@@ -33,6 +33,12 @@ class Trace:
     needs: NDArray[np.bool_] | None
     tokens: int
 
+    @property
+    def rows(self) -> int:
+        held = self.picks if self.picks is not None else self.needs
+        assert held is not None
+        return len(held)
+
 
 @cache
 def open_trace(file: Path) -> Trace:
@@ -55,19 +61,38 @@ def open_trace(file: Path) -> Trace:
     return Trace(picks.reshape(-1, *picks.shape[2:]), None, picks.shape[2])
 
 
-def prescribed(selection: str, tokens: Ints, groups: int, spec: NSASpec, trace: Path | None) -> Picks:
+def prescribed(
+    selection: str, tokens: Ints, groups: int, spec: NSASpec, trace: Path | None, first_row: int = 0
+) -> Picks:
     """[S, G, n] blocks of the queries `tokens`, ascending, -1 where a query has fewer.
 
     random: one of each of n - 3 equal parts of the earlier blocks, by a hash. adversarial: the earlier blocks in
     turn, so that few queries together want all of them. trained: the trace's; where it holds what groups of
     queries selected, its queries take those in turn, so that together they select just these. KV head g takes the
-    trace's row g, cyclically.
+    trace's row first_row + g, cyclically.
     """
     if selection == "trained":
         source = open_trace(trace or NEEDS_64K)
-        rows = [_traced(source, tokens, g, spec) for g in range(groups)]
+        rows = [_traced(source, tokens, first_row + g, spec) for g in range(groups)]
     else:
         rows = [_free(selection, tokens, g, spec) for g in range(groups)]
+    return np.stack(rows, axis=1)
+
+
+def stretched(trace: Path, tokens: Ints, length: int, groups: int, spec: NSASpec, first_row: int) -> Picks:
+    """[S, G, n]: of a sequence of `length` tokens, m times as long as the trace (of picks): query t takes what the
+    trace's query t // m took, of the m blocks in each block's place one by a hash; its forced blocks are its own."""
+    source = open_trace(trace)
+    assert source.picks is not None
+    times, own = length // source.tokens, tokens[:, None] // spec.select_block
+    old = tokens // times
+    rows = []
+    for row in range(first_row, first_row + groups):
+        picks = source.picks[row % len(source.picks), old].astype(np.int64)
+        free = (picks >= spec.initial_blocks) & (picks <= old[:, None] // spec.select_block - spec.local_blocks)
+        which = _hash(tokens[:, None] * 1_000_003 + np.arange(picks.shape[1]) * 10_007 + row) % np.uint64(times)
+        made = np.where(free, picks * times + which.astype(np.int64), -1)
+        rows.append(_with_forced(made, own, spec)[:, : spec.select_count])
     return np.stack(rows, axis=1)
 
 
