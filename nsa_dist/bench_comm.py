@@ -82,7 +82,7 @@ def bench_comm(
     """
     if under_torchrun(os.environ):
         return _under_torchrun(cases, device, repeats, file, say)
-    placed = choose_device(device, max(case.ranks for case in cases))
+    placed = choose_device(device, max(case.ranks for case in cases), "--device")
     rows = Rows(file)
     for ranks in sorted({case.ranks for case in cases}):
         with Ranks(ranks, placed) as pool:
@@ -101,7 +101,7 @@ def _under_torchrun(
     if any(case.ranks != world_size for case in cases):
         raise ConfigError(f"--ranks {cases[0].ranks}: must be {world_size}, the processes that torchrun started")
     local_rank = int(os.environ["LOCAL_RANK"])
-    placed = choose_device(device, int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1)))
+    placed = choose_device(device, int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1)), "--device")
     rows = Rows(file if rank == 0 else None)
     with process_group(torchrun_store(), rank, world_size, placed, local_rank, 600):
         mesh = make_mesh(1, world_size, 0, placed)

@@ -79,7 +79,7 @@ def bench_gpus(device: str, wanted: int, minutes: float, file: Path | None, char
     """
     there = torch.cuda.device_count() if device != "cpu" else 2
     most = wanted or there
-    placed = choose_device(device, max(most, 1))
+    placed = choose_device(device, max(most, 1), "--device")
     counts = [p for p in (1, 2, 4, 8, 16) if p <= most]
     counts += [most] if most not in counts else []
     rows, sizes = Rows(file), GPU if placed == "cuda" else CPU

@@ -39,8 +39,8 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def choose_device(wanted: str, local_ranks: int) -> str:
-    """`cpu` or `cuda` for launch.device `auto`, `cpu` or `cuda`, with `local_ranks` processes on this machine.
+def choose_device(wanted: str, local_ranks: int, key: str = "launch.device") -> str:
+    """`cpu` or `cuda` for `key` = `auto`, `cpu` or `cuda`, with `local_ranks` processes on this machine.
 
     Raises ConfigError where there are fewer GPUs than processes.
     """
@@ -49,10 +49,10 @@ def choose_device(wanted: str, local_ranks: int) -> str:
         return "cpu"
     if gpus < local_ranks:
         raise ConfigError(
-            f"launch.device={wanted}: {local_ranks} ranks (parallel.dp x parallel.cp) on this machine need a GPU "
-            f"each, it has {gpus}; allowed: at most {gpus} ranks, or launch.device=cpu"
+            f"{key}={wanted}: {local_ranks} ranks (parallel.dp x parallel.cp) on this machine need a GPU "
+            f"each, it has {gpus}; allowed: at most {gpus} ranks, or {key}=cpu"
             if gpus
-            else f"launch.device={wanted}: this machine has 0 GPUs that torch can use; allowed: auto, cpu"
+            else f"{key}={wanted}: this machine has 0 GPUs that torch can use; allowed: auto, cpu"
         )
     return "cuda"
 
