@@ -25,6 +25,7 @@ launch: {device: cpu}
 """
 EVERY_KIND = ["model.attention=[nsa,window,full]"]
 SHARED = ["model.attention=[nsa]", "model.tie_embeddings=true", "nsa.share_kv=true", "nsa.compression=mean"]
+SHARED += ["nsa.span=100", "nsa.span_blocks=2", "nsa.span_prefetch=0.5", "nsa.span_pool=48"]
 Gradients = dict[str, NDArray[np.float64]]
 
 
