@@ -1,6 +1,6 @@
 """The public function: NSA from q, the branches' keys and values, and gates, on one device."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
@@ -34,6 +34,7 @@ def nsa_attention(
     cu_seqlens: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
+    recompute: bool = False,
 ) -> Tensor:
     """Native Sparse Attention (arXiv 2502.11089, equation 5), causal, trainable.
 
@@ -46,6 +47,9 @@ def nsa_attention(
     scale: of the products; Dk ** -0.5 unless given. backend: `triton` (the kernels; float16, bfloat16, float32,
     head sizes from 16 to 256 that 8 divides), `auto` (the kernels on a GPU, plain torch operations in tiles on a
     CPU and in float64) or `reference` (the definition; any floating type, slow).
+
+    recompute: the three branches' outputs, as large as the result each, aren't kept for the backward, which computes
+    them again (the kernels to the bit, the plain operations to rounding); log-sum-exps and the selection are kept.
 
     An operator of torch.library: torch.compile takes it without a graph break.
 
@@ -63,7 +67,7 @@ def nsa_attention(
         q_, k_cmp_, v_cmp_, k_slc_, v_slc_, k_win_, v_win_, gates_ = inputs
         out = reference_attention(q_, k_cmp_, v_cmp_, k_slc_, v_slc_, k_win_, v_win_, gates_, spec, packing, factor)
     else:
-        out = _attention(inputs, cu_seqlens, q.shape[0], sizes, factor, backend)[0]
+        out = _attention(inputs, cu_seqlens, q.shape[0], sizes, factor, backend, recompute)[0]
     return out.view(*q.shape[:3], v_slc.shape[-1])
 
 
@@ -118,18 +122,53 @@ def nsa_backward(
     do: Tensor,
     backend: str = "auto",
 ) -> list[Tensor]:
-    """Gradients of the eight inputs, in their types."""
+    """Gradients of the eight inputs, in their types.
+
+    outputs: what `nsa_forward` returned; without the branches' outputs, these are computed again, one at a time.
+    """
     q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = inputs
     local = implementation(q, backend)
-    d_gates, (cmp, slc, win) = gated_branches(local, do, gates, outputs[1:4], outputs[4:7])
-    picks = outputs[7]
-    dq, *d_cmp = local.range_backward(cmp, q, k_cmp, v_cmp, views.compressed.ranges, scale)
-    rows = head_rows(k_slc), head_rows(v_slc)
-    _, *d_rows = local.selected_backward(slc, q, *rows, picks, views.token_S, views.blocks, scale, dq)
-    d_slc = [d.view(k_slc.shape[1], len(k_slc), d.shape[-1]).transpose(0, 1) for d in d_rows]
-    _, *d_win = local.range_backward(win, q, k_win, v_win, views.window, scale, dq)
-    grads = [dq, *d_cmp, *d_slc, *d_win, d_gates]
-    return [g.to(x.dtype).contiguous() for g, x in zip(grads, inputs, strict=True)]
+    kept, lses, picks = outputs[1:-4], outputs[-4:-1], outputs[-1]
+    cmp, win = (q, k_cmp, v_cmp, views.compressed.ranges, scale), (q, k_win, v_win, views.window, scale)
+
+    def slc() -> tuple[Any, ...]:
+        return q, head_rows(k_slc), head_rows(v_slc), picks, views.token_S, views.blocks, scale
+
+    if kept:
+        d_gates, made = gated_branches(local, do, gates, kept, lses)
+    else:
+        deltas: list[Tensor] = []
+        gate_3SH = _rows_of_gates(gates)
+
+    def branch(i: int, forward: Callable[[], tuple[Tensor, Tensor]]) -> BranchGrad:
+        if kept:
+            return made[i]
+        o = forward()[0]
+        deltas.append(local.row_deltas(do, [o])[..., 0])
+        return BranchGrad(do, gate_3SH[i], o, lses[i], deltas[i])
+
+    # A branch's gradients, in float32, are made those of the inputs' types before the next branch's are there.
+    dq, *d_cmp = local.range_backward(branch(0, lambda: local.range_forward(*cmp)), *cmp)
+    grads = [_as_input(*pair) for pair in zip(d_cmp, inputs[1:3], strict=True)]
+    del d_cmp
+    _, *d_rows = local.selected_backward(branch(1, lambda: local.selected_forward(*slc())), *slc(), dq)
+    for d, x in zip(d_rows, inputs[3:5], strict=True):
+        grads.append(_as_input(d.view(x.shape[1], len(x), d.shape[-1]).transpose(0, 1), x))
+    del d, d_rows
+    _, *d_win = local.range_backward(branch(2, lambda: local.range_forward(*win)), *win, dq)
+    grads += [_as_input(*pair) for pair in zip(d_win, inputs[5:7], strict=True)]
+    if not kept:
+        d_gates = torch.stack(deltas, dim=-1)
+    return [_as_input(dq, q), *grads, _as_input(d_gates, gates)]
+
+
+def _as_input(grad: Tensor, x: Tensor) -> Tensor:
+    return grad.to(x.dtype, memory_format=torch.contiguous_format).contiguous()
+
+
+def _rows_of_gates(gates: Tensor) -> Tensor:
+    """[3, S, H] in the working type."""
+    return gates.permute(2, 0, 1).to(work_dtype(gates)).contiguous()
 
 
 def gated_branches(
@@ -137,25 +176,41 @@ def gated_branches(
 ) -> tuple[Tensor, list[BranchGrad]]:
     """The gates' gradient [S, H, 3], and what each branch's backward starts from."""
     d_gates = local.row_deltas(do, list(outs))
-    gate_3SH = gates.permute(2, 0, 1).to(work_dtype(gates)).contiguous()
+    gate_3SH = _rows_of_gates(gates)
     parts = zip(outs, lses, strict=True)
     return d_gates, [BranchGrad(do, gate_3SH[i], *part, d_gates[..., i]) for i, part in enumerate(parts)]
 
 
 @torch.library.custom_op("nsa_dist::attention", mutates_args=())
 def _attention(
-    inputs: list[Tensor], cu_seqlens: Tensor | None, batch: int, sizes: list[float], scale: float, backend: str
+    inputs: list[Tensor],
+    cu_seqlens: Tensor | None,
+    batch: int,
+    sizes: list[float],
+    scale: float,
+    backend: str,
+    recompute: bool,
 ) -> list[Tensor]:
-    """`nsa_forward` of the flattened inputs [B * T, ...]; `sizes`: the spec's fields."""
+    """`nsa_forward` of the flattened inputs [B * T, ...], without the branches' outputs where they are to be
+    recomputed; `sizes`: the spec's fields."""
     packing = _packing(batch, inputs, sizes, cu_seqlens)
     with torch.cuda.device_of(inputs[0]):
-        return nsa_forward(_views(packing, inputs), packing.spec, scale, inputs, backend)
+        made = nsa_forward(_views(packing, inputs), packing.spec, scale, inputs, backend)
+    return [made[0], *made[4:]] if recompute else made
 
 
 @_attention.register_fake
-def _(inputs: list[Tensor], cu_seqlens: Tensor | None, batch: int, sizes: list[float], *rest: Any) -> list[Tensor]:
+def _(
+    inputs: list[Tensor],
+    cu_seqlens: Tensor | None,
+    batch: int,
+    sizes: list[float],
+    scale: float,
+    backend: str,
+    recompute: bool,
+) -> list[Tensor]:
     q, v_slc = inputs[0], inputs[4]
-    outs = [q.new_empty(*q.shape[:2], v_slc.shape[2]) for _ in range(4)]
+    outs = [q.new_empty(*q.shape[:2], v_slc.shape[2]) for _ in range(1 if recompute else 4)]
     lses = [q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32)) for _ in range(3)]
     count = int(sizes[[f.name for f in fields(NSASpec)].index("select_count")])
     return [*outs, *lses, q.new_empty(len(q), v_slc.shape[1], count, dtype=torch.int32)]
@@ -183,7 +238,7 @@ def _(inputs: list[Tensor], *rest: Any) -> list[Tensor]:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    tensors, cu_seqlens, *ctx.rest = inputs
+    tensors, cu_seqlens, *ctx.rest, _ = inputs
     ctx.cu_seqlens = cu_seqlens
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output)
@@ -192,9 +247,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     inputs, outputs = list(ctx.saved_tensors[:8]), list(ctx.saved_tensors[8:])
     if grads[0] is None:
-        return None, None, None, None, None, None
+        return (None,) * 7
     found = _attention_backward(inputs, outputs, grads[0], ctx.cu_seqlens, *ctx.rest)
-    return found, None, None, None, None, None
+    return found, *(None,) * 6
 
 
 _attention.register_autograd(_differentiate, setup_context=_setup)

@@ -65,10 +65,12 @@ def by_mean(shape: Shape, inputs: list[Tensor]) -> Tensor:
     return one_sequence(q, gates, [k_cmp, v_cmp, *kv])
 
 
-def one_sequence(q: Tensor, gates: Tensor, kv: list[Tensor]) -> Tensor:
+def one_sequence(q: Tensor, gates: Tensor, kv: list[Tensor], recompute: bool = False) -> Tensor:
     """`nsa_attention` of tensors without a batch dim, of gates before their sigmoid."""
     k_cmp, v_cmp, k_slc, v_slc, k_win, v_win = (x[None] for x in kv)
-    return nsa_attention(q[None], k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, torch.sigmoid(gates)[None], SPEC)[0]
+    weights = torch.sigmoid(gates)[None]
+    out = nsa_attention(q[None], k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, weights, SPEC, recompute=recompute)
+    return out.view(out.shape[1:])  # out[0] would cost a copy of its gradient
 
 
 def selected_by_ours(shape: Shape, picks: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

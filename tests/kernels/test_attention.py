@@ -59,6 +59,24 @@ def test_the_vectorised_path_is_the_reference(case: Any) -> None:
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@settings(max_examples=10, deadline=None)
+@given(cases())
+def test_recomputed_branches_aren_t_kept_and_give_the_same(case: Any) -> None:
+    spec, lengths, sizes = case
+    xs = make(spec, lengths, *sizes)
+    cu = torch.tensor(np.concatenate([[0], np.cumsum(lengths)]), dtype=torch.int32)
+    found, kept = [], []
+    for recompute in (False, True):
+        saved: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, s=saved: s.append(x) or x, lambda x: x):
+            out = nsa_attention(*xs, spec, cu_seqlens=cu, recompute=recompute)
+        found.append([out, *torch.autograd.grad(out.square().sum(), xs)])
+        kept.append(sum(x.numel() for x in saved))
+    assert kept[0] - kept[1] == 3 * found[0][0].numel()
+    for name, a, b in zip(("out", *NAMES), *found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
 @pytest.mark.parametrize("levels", [1, 2])
 def test_equal_scores_take_the_lower_block_first(levels: int) -> None:
     """Equal compressed keys make equal probabilities; keys of few values tie in parts."""

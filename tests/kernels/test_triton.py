@@ -1,5 +1,7 @@
 """`backend="triton"` against the reference: a pairwise cover of sizes, groups, specs and documents."""
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 import torch
@@ -42,9 +44,9 @@ def inputs(
     return torch.tensor(cu, dtype=torch.int32), made
 
 
-def run(cu: Tensor, xs: list[Tensor], spec: NSASpec, backend: str) -> list[Tensor]:
+def run(cu: Tensor, xs: list[Tensor], spec: NSASpec, backend: str, recompute: bool = False) -> list[Tensor]:
     leaves = [x.detach().requires_grad_() for x in xs[:-1]]
-    out = nsa_attention(*leaves, spec, cu_seqlens=cu, backend=backend)
+    out = nsa_attention(*leaves, spec, cu_seqlens=cu, backend=backend, recompute=recompute)
     return [out.detach(), *torch.autograd.grad(out, leaves, xs[-1])]
 
 
@@ -63,6 +65,17 @@ def test_agrees_with_the_reference(
         both["range_dkv"] = 1
     once = dict.fromkeys(("scores", "block_forward", "block_backward", "combine", "row_deltas"), 1)
     assert tuning.launches == both | once
+
+
+def test_branches_that_are_recomputed_give_equal_bits() -> None:
+    spec = NSASpec(8, 4, 16, 4, 1, 2, 24)
+    cu, xs = inputs([20, 33], 4, 2, 16, 24, spec)
+    xs = [x.to(DEVICE) for x in xs]
+    tuning.launches.clear()
+    for a, b in zip(run(cu, xs, spec, "triton"), run(cu, xs, spec, "triton", recompute=True), strict=True):
+        assert torch.equal(a, b)
+    assert tuning.launches["row_deltas"] == 1 + 3 and tuning.launches["block_forward"] == 1 + 2
+    assert tuning.launches["scores"] == 2  # the selection is kept
 
 
 @pytest.mark.parametrize("held", [0.5, 0.0])
@@ -116,11 +129,12 @@ def test_what_no_kernel_is_made_for_is_refused(dtype: torch.dtype, size: int, wo
         nsa_attention(*(x.to(DEVICE, dtype) for x in xs[:-1]), spec, backend="triton")
 
 
-def test_the_operators_keep_torchs_rules() -> None:
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_operators_keep_torchs_rules(recompute: bool) -> None:
     spec = NSASpec(8, 4, 16, 4, 1, 2, 24)
     cu, xs = inputs([20, 33], 4, 2, 16, 24, spec)
     leaves = [x[0].to(DEVICE).requires_grad_() for x in xs[:-1]]
-    arguments = (leaves, cu, 1, [8, 4, 16, 4, 1, 2, 24], 0.25, "triton")
+    arguments = (leaves, cu, 1, [float(getattr(spec, f.name)) for f in fields(spec)], 0.25, "triton", recompute)
     torch.library.opcheck(torch.ops.nsa_dist.attention.default, arguments)
 
 
