@@ -75,6 +75,8 @@ def add_bench(whats: Any, form: Any) -> None:
         "--span-blocks", metavar="X", help="its bound: blocks, or below 1 a share of those before a span"
     )
     comm.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda")
+    comm.add_argument("--hosts", action="store_true", help="each rank on a host of its own: a network namespace")
+    comm.add_argument("--gbit", default="0", metavar="X", help="Gbit/s that a host sends at most (0: no limit)")
     comm.add_argument("--repeats", default="3", metavar="R", help="timed runs; the median counts (3)")
     comm.add_argument("--json", type=Path, metavar="FILE", help="writes a JSON line for each measurement")
     gpus = add("gpus", _gpus, "all of it on the GPUs of this machine", description=_GPUS, epilog=_GPUS_EPILOG)
@@ -143,7 +145,12 @@ def _comm(args: argparse.Namespace, console: Console) -> None:
     if args.simulate:
         simulate(cases, spec, args.json, console.say)
         return
-    bench_comm(cases, device, numbers("--repeats", args.repeats, 1)[0], args.json, console.say)
+    gbit = None
+    if args.hosts:
+        gbit = 0.0 if args.gbit == "0" else float(numbers("--gbit", args.gbit, 1)[0])
+    elif args.gbit != "0":
+        raise ConfigError(f"--gbit {args.gbit}: needs --hosts")
+    bench_comm(cases, device, numbers("--repeats", args.repeats, 1)[0], args.json, console.say, gbit)
 
 
 def _span(args: argparse.Namespace) -> Any:

@@ -8,6 +8,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor
 from nsa_dist.bench_rows import Row, Rows, traffic_row
 from nsa_dist.config import ConfigError
 from nsa_dist.device_trace import Communication, traced
+from nsa_dist.hosts import hosts
 from nsa_dist.kernels import NSASpec
 from nsa_dist.kernels.compress import compress_mlp
 from nsa_dist.kernels.packing import Ints, Packing
@@ -73,24 +75,36 @@ class Case:
 
 
 def bench_comm(
-    cases: list[Case], device: str, repeats: int, file: Path | None, say: Callable[[str], None]
+    cases: list[Case],
+    device: str,
+    repeats: int,
+    file: Path | None,
+    say: Callable[[str], None],
+    gbit: float | None = None,
 ) -> list[Row]:
     """Runs every case; each row is printed and written when it is known.
 
-    Under torchrun on the processes that are there, else on processes of this machine. Raises ConfigError for more
-    ranks than the machine has GPUs, RunFailed for a rank that fails; every process has ended then.
+    Under torchrun on the processes that are there, else on processes of this machine. gbit: each rank on a host of
+    its own that sends at most so many Gbit/s (0: no limit); rows then hold `gbit`. Raises ConfigError for more ranks
+    than the machine has GPUs, RunFailed for a rank that fails; every process has ended then.
     """
     if under_torchrun(os.environ):
+        if gbit is not None:
+            raise ConfigError("--hosts: torchrun has placed the ranks already")
         return _under_torchrun(cases, device, repeats, file, say)
     placed = choose_device(device, max(case.ranks for case in cases), "--device")
     rows = Rows(file)
     for ranks in sorted({case.ranks for case in cases}):
-        with Ranks(ranks, placed) as pool:
+        with (
+            nullcontext() if gbit is None else hosts(ranks, gbit) as made,
+            Ranks(ranks, placed, hosts=made.names if made else ()) as pool,
+        ):
             for case in [case for case in cases if case.ranks == ranks]:
                 if case.impossible:
                     say(f"  not run: {case.impossible}")
                     continue
-                say(line(rows.add(pool.call(measure, case, repeats)[0])))
+                row = pool.call(measure, case, repeats)[0]
+                say(line(rows.add(row if gbit is None else row | {"gbit": gbit})))
     return rows.rows
 
 

@@ -7,7 +7,7 @@ import socket
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from nsa_dist.hosts import INTERFACE, enter
 from nsa_dist.parallel.mesh import make_mesh
 from nsa_dist.process import RunFailed, cores, describe, is_bad_input, is_collective_error, process_group
 from nsa_dist.stop import die_with_parent
@@ -26,17 +27,18 @@ class Ranks:
     """`world_size` processes with torch.distributed among them, listening on 127.0.0.1 alone.
 
     All of them have ended after `close`, after a call that failed, and when this process ends, however it ends.
-    device: `cpu` (gloo) or `cuda` (a GPU for each, NCCL). timeout_s: of a collective.
+    device: `cpu` (gloo) or `cuda` (a GPU for each, NCCL). timeout_s: of a collective. hosts: each rank's network
+    namespace, on whose interface alone it listens then.
     """
 
-    def __init__(self, world_size: int, device: str, timeout_s: float = 600) -> None:
+    def __init__(self, world_size: int, device: str, timeout_s: float = 600, hosts: Sequence[str] = ()) -> None:
         context = multiprocessing.get_context("spawn")
         self._folder = Path(tempfile.mkdtemp(prefix="nsa-ranks-"))
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            words = (rank, world_size, device, timeout_s, str(self._folder), theirs)
+            words = (rank, world_size, device, timeout_s, str(self._folder), theirs, hosts[rank] if hosts else "")
             process = context.Process(target=_entry, args=words, daemon=True)
             process.start()
             theirs.close()  # so that the process's end is seen here
@@ -117,14 +119,18 @@ class Ranks:
             process.join(10)
 
 
-def _entry(rank: int, world_size: int, device: str, timeout_s: float, folder: str, pipe: Connection) -> None:
+def _entry(
+    rank: int, world_size: int, device: str, timeout_s: float, folder: str, pipe: Connection, host: str
+) -> None:
     die_with_parent()
     log = os.open(f"{folder}/rank-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    if host:
+        enter(host)
     loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
     # gloo and NCCL listen on the machine's outer address otherwise
-    os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = loopback
+    os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = INTERFACE if host else loopback
     torch.set_num_threads(max(1, cores() // world_size))
     try:
         store = dist.FileStore(f"{folder}/store", world_size)
