@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from nsa_dist import __version__
 from nsa_dist.bench_cli import add_bench
 from nsa_dist.console import Console
+from nsa_dist.launch.commands import add_commands, add_job_command
 from nsa_dist.stop import Stopped, Terminated
 
 _EPILOG = """\
@@ -26,6 +27,7 @@ examples:
   nsa-dist train configs/cpu-demo.yaml train.steps=20 run.dir=runs/short
   nsa-dist report runs/cpu-demo                 what the run did and what it sent, against every rival
   torchrun --nproc-per-node=8 -m nsa_dist train my.yaml parallel.cp=8
+  nsa-dist submit my.yaml parallel.dp=auto parallel.cp=auto --address http://head:8265
 
 Settings are key=value, e.g. parallel.cp=4 or 'model.attention=[nsa,full]'; they win over the recipe.
 All keys with their values are in the config.yaml that a run leaves."""
@@ -114,6 +116,8 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--picture", type=Path, metavar="FILE.png", help="also draws losses and bytes received")
     bench = command("bench", _bench, "measures kernels and exchanges against their rivals")
     add_bench(bench.add_subparsers(title="what", metavar="WHAT", required=True), raw)
+    add_commands(command, _load)
+    add_job_command(commands)
     return parser
 
 
