@@ -79,7 +79,7 @@ def _needing_ray(command: Command) -> Command:
 def _submit(args: argparse.Namespace, config: Any) -> None:
     from nsa_dist.launch.jobs import Jobs
 
-    jobs, lines = Jobs(args.address), []
+    jobs, lines = Jobs(args.address), list[str]()
     job = jobs.submit(config, args.wait, lines.append if args.json else Console().say)
     facts = jobs.facts(job)
     _show(args, facts | {"said": lines}, f"job {facts['job']}; nsa-dist logs -f {facts['run']}")
@@ -97,7 +97,7 @@ def _list(args: argparse.Namespace) -> None:
     from nsa_dist.launch.jobs import Jobs
 
     jobs = Jobs(args.address)
-    every = [jobs.facts(job) for job in jobs.list()]
+    every = [jobs.facts(job) for job in jobs.every()]
     lines = [f"{f['job']:<24}{f['state']:<11}{f['seconds']:>9.0f} s  {f['last_line']}" for f in every]
     _show(args, every, "\n".join(lines) or f"no runs at {jobs.address}")
 
@@ -109,8 +109,8 @@ def _logs(args: argparse.Namespace) -> None:
     job = jobs.find(args.run)
     for part in jobs.follow(job) if args.follow else [jobs.logs(job)]:
         for line in part.splitlines():
-            console.say(json.dumps({"job": job.submission_id, "line": line}) if args.json else line)
-    facts = jobs.facts(jobs.find(job.submission_id))
+            console.say(json.dumps({"job": job.id, "line": line}) if args.json else line)
+    facts = jobs.facts(jobs.find(job.id))
     if args.follow and facts["state"] != "SUCCEEDED":  # its last line has said why
         raise SystemExit(1)
 

@@ -66,12 +66,12 @@ def drive() -> None:
             Recovery(config, resume, console, device, stop, train_prepared).run()
 
 
-def train_prepared(config: Config, resume: Any, report: Any) -> None:
+def train_prepared(config: Config, resume: Any, report: Any) -> bool:
     """`train`, on a node that may have joined after the data was prepared on the others."""
     from nsa_dist.train import train
 
     _prepare(config)
-    train(config, resume, report)
+    return train(config, resume, report)
 
 
 def check_nodes(there: list[Any], config: Config, wanted: dict[str, str]) -> None:

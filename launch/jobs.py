@@ -5,18 +5,19 @@ A job's id is its run's name (the last part of run.dir) and a number. What the c
 
 import asyncio
 import json
+import logging
 import os
 import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import ray
 import requests
-from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+from ray.job_submission import JobDetails, JobSubmissionClient
 
 from nsa_dist.auto import has_auto
 from nsa_dist.config import Config, ConfigError
@@ -29,6 +30,24 @@ _STOP_S = 900
 _ANSWER_S = 10.0  # for the cluster to answer
 _CHECK_S = 180.0  # for a job to say that it has begun
 _LOOK_S = 0.3
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job that nsa-dist has submitted. Times in s since 1970, 0 where it isn't so far."""
+
+    id: str
+    run: str
+    run_dir: str
+    state: str  # PENDING, RUNNING, STOPPED, SUCCEEDED, FAILED
+    started: float
+    ended: float
+    exit_status: int | None
+    message: str  # Ray's
+
+    @property
+    def over(self) -> bool:
+        return self.state not in ("PENDING", "RUNNING")
 
 
 class Jobs:
@@ -51,61 +70,64 @@ class Jobs:
         token = noted.token if noted and self.on_this_machine else _token()
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self.ray_version = self._get("/api/version")["ray_version"]
+        logging.getLogger("ray").setLevel(logging.ERROR)  # it tells of each upload
         self._client = JobSubmissionClient(self.address, headers=self._headers)
 
     def asks_for_token(self) -> bool:
         """Whether the cluster turns away who brings none."""
         return requests.get(f"{self.address}/api/jobs/", timeout=_ANSWER_S).status_code in (401, 403)
 
-    def list(self) -> list[JobDetails]:
+    def every(self) -> list[Job]:
         """The jobs that were submitted by nsa-dist, the oldest first."""
-        mine = [job for job in self._client.list_jobs() if job.submission_id and "run" in (job.metadata or {})]
-        return sorted(mine, key=lambda job: job.start_time or 0)
+        jobs = [_job(details) for details in self._client.list_jobs()]
+        return sorted((job for job in jobs if job), key=lambda job: job.started)
 
-    def find(self, name: str) -> JobDetails:
+    def find(self, name: str) -> Job:
         """The job of that id, else the newest of that run. Raises ConfigError where there is none."""
-        jobs = self.list()
+        jobs = self.every()
         for job in reversed(jobs):
-            if name in (job.submission_id, job.metadata["run"]):
+            if name in (job.id, job.run):
                 return job
-        known = ", ".join(sorted({job.metadata["run"] for job in jobs})) or "none"
+        known = ", ".join(sorted({job.run for job in jobs})) or "none"
         raise ConfigError(f"run '{name}': no such run or job at {self.address}; there are: {known}")
 
-    def facts(self, job: JobDetails) -> dict[str, Any]:
+    def facts(self, job: Job) -> dict[str, Any]:
         """What is to be known of a job, for `status` and `list`."""
-        running = job.status in (JobStatus.PENDING, JobStatus.RUNNING)
-        end = time.time() if running else (job.end_time or 0) / 1000
-        last = "" if job.status == JobStatus.PENDING else _last_line(self._client.get_job_logs(job.submission_id))
+        last = "" if job.state == "PENDING" else _last_line(self.logs(job))
         return {
-            "run": job.metadata["run"],
-            "job": job.submission_id,
-            "state": job.status.value,
-            "run_dir": job.metadata["run_dir"],
-            "seconds": round(end - (job.start_time or 0) / 1000, 1) if job.start_time else 0.0,
-            "exit_status": job.driver_exit_code,
-            "last_line": last or ("" if running else job.message or ""),
+            "run": job.run,
+            "job": job.id,
+            "state": job.state,
+            "run_dir": job.run_dir,
+            "seconds": round((job.ended if job.over else time.time()) - job.started, 1) if job.started else 0.0,
+            "exit_status": job.exit_status,
+            "last_line": last or (job.message if job.over else ""),
         }
 
-    def logs(self, job: JobDetails) -> str:
-        """What the job has said up to now."""
-        return str(self._client.get_job_logs(job.submission_id))
+    def why(self, job: Job) -> str:
+        """Its last words, or Ray's about it."""
+        return _last_line(self.logs(job)) or _first_line(job.message)
 
-    def follow(self, job: JobDetails) -> Iterator[str]:
+    def logs(self, job: Job) -> str:
+        """What the job has said up to now."""
+        return str(self._client.get_job_logs(job.id))
+
+    def follow(self, job: Job) -> Iterator[str]:
         """What the job says, as it comes, until its end."""
         with asyncio.Runner() as runner:
-            parts = self._client.tail_job_logs(job.submission_id)
+            parts = self._client.tail_job_logs(job.id)
             while True:
                 try:
                     yield runner.run(anext(parts))  # type: ignore[arg-type]
                 except StopAsyncIteration:
                     return
 
-    def stop(self, job: JobDetails, wait_s: float = _STOP_S + 60) -> JobDetails:
+    def stop(self, job: Job, wait_s: float = _STOP_S + 60) -> Job:
         """Asks the job to end, with a checkpoint; the job once it has ended."""
-        self._client.stop_job(job.submission_id)
-        return self._wait(job.submission_id, lambda found: found.status.is_terminal(), wait_s)
+        self._client.stop_job(job.id)
+        return self._wait(job.id, lambda found: found.over, wait_s)
 
-    def submit(self, config: Config, wait: bool, say: Callable[[str], None]) -> JobDetails:
+    def submit(self, config: Config, wait: bool, say: Callable[[str], None]) -> Job:
         """Sends the job and returns when the cluster has checked it; say gets what is sent and what was found.
 
         Raises ConfigError where it can't run there: nothing has been started then.
@@ -138,28 +160,29 @@ class Jobs:
                 raise ConfigError(f"run {run}: not taken by {self.address} ({_first_line(error)})") from None
         return self._checked(job, say)
 
-    def _checked(self, job: str, say: Callable[[str], None]) -> JobDetails:
+    def _checked(self, job: str, say: Callable[[str], None]) -> Job:
         """The job, once it has said that it can run. Raises ConfigError with its words where it can't."""
 
-        def said(found: JobDetails) -> list[str]:
-            if found.status == JobStatus.PENDING:
+        def said(found: Job) -> list[str]:
+            if found.state == "PENDING":
                 return []
             lines = self._client.get_job_logs(job).splitlines()
             return [line for line in lines if line.startswith((CHECKED, WAITING, _ERROR))]
 
-        found = self._wait(job, lambda found: found.status.is_terminal() or bool(said(found)), _CHECK_S)
+        found = self._wait(job, lambda found: found.over or bool(said(found)), _CHECK_S)
         lines = said(found)
         good = [line for line in lines if not line.startswith(_ERROR)]
-        if found.status == JobStatus.FAILED and not good:
-            raise ConfigError(lines[-1].removeprefix(_ERROR) if lines else f"job {job}: {_first_line(found.message)}")
+        if found.state == "FAILED" and not good:
+            raise ConfigError(lines[-1].removeprefix(_ERROR) if lines else f"job {job}: {self.why(found)}")
         for line in good:
             say(line)
         return found
 
-    def _wait(self, job: str, until: Callable[[JobDetails], bool], seconds: float) -> JobDetails:
+    def _wait(self, job: str, until: Callable[[Job], bool], seconds: float) -> Job:
         end = time.monotonic() + seconds
         while True:
-            found = self._client.get_job_info(job)
+            found = _job(self._client.get_job_info(job))
+            assert found, f"{job} is a job of nsa-dist's"
             if until(found) or time.monotonic() > end:
                 return found
             time.sleep(_LOOK_S)
@@ -172,14 +195,14 @@ class Jobs:
 
     def _check_unused(self, run: str, run_dir: str) -> int:
         """The number of the run's next job."""
-        jobs = [job for job in self.list() if job.metadata["run"] == run]
+        jobs = [job for job in self.every() if job.run == run]
         for job in jobs:
-            if not job.status.is_terminal():
+            if not job.over:
                 raise ConfigError(
-                    f"run.dir={run_dir}: run {run} is in use by job {job.submission_id} ({job.status.value}); "
+                    f"run.dir={run_dir}: run {run} is in use by job {job.id} ({job.state}); "
                     f"must be another name, or nsa-dist stop {run} first"
                 )
-        return 1 + max((int(job.submission_id.rpartition("-")[2]) for job in jobs), default=0)
+        return 1 + max((int(job.id.rpartition("-")[2]) for job in jobs), default=0)
 
     def _check_room(self, config: Config) -> None:
         """Raises ConfigError where the cluster is too small, free or not."""
@@ -216,6 +239,24 @@ class Jobs:
             return answer.json()
         except (requests.RequestException, json.JSONDecodeError):
             raise ConfigError(f"--address {self.address}: what answers there is no Ray cluster") from None
+
+
+def _job(details: JobDetails) -> Job | None:
+    """None for a job that somebody submitted otherwise."""
+    metadata = details.metadata or {}
+    if not details.submission_id or not {"run", "run_dir"} <= metadata.keys():
+        return None
+    started, ended = ((time_ms or 0) / 1000 for time_ms in (details.start_time, details.end_time))
+    return Job(
+        details.submission_id,
+        metadata["run"],
+        metadata["run_dir"],
+        str(details.status.value),
+        started,
+        ended,
+        details.driver_exit_code,
+        details.message or "",
+    )
 
 
 def _token() -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from ray._private.node import Node
 from ray._private.parameter import RayParams
+from ray._private.utils import write_ray_address
 
 from nsa_dist.launch.processes import kill_tree
 
@@ -43,6 +44,8 @@ def main(options: dict[str, Any]) -> None:
         dashboard_agent_listen_port=0,
     )
     node = Node(params, head=head, shutdown_at_exit=True, spawn_reaper=True)
+    if head:  # where a job finds it, also with other clusters on this machine
+        write_ray_address(node.gcs_address, node.get_temp_dir_path())
     facts = {"gcs": node.gcs_address, "dashboard": f"http://{node.webui_url}", "node_id": node.node_id}
     print(json.dumps(facts), flush=True)
 

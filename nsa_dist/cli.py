@@ -49,7 +49,12 @@ examples:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; its exit status. Errors are one line on stderr."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, more = parser.parse_known_args(argv)
+    if any("=" not in word or word.startswith("-") for word in more) or (more and "words" not in args):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:  # settings behind an option
+        args.words += more
     from nsa_dist.errors import ConfigError
     from nsa_dist.process import RunFailed, under_torchrun
 
