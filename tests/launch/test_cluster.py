@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import requests
 
+from nsa_dist.cli import main
 from nsa_dist.launch.cluster import Cluster, add_node, kill_node, running_cluster
 from nsa_dist.launch.processes import tree
 
@@ -65,3 +67,69 @@ def test_nodes_end_with_the_process_that_started_them() -> None:
         time.sleep(0.2)
     assert [tree(int(node)) for node in nodes] == [set(), set()]
     assert not Path(folder).exists()
+
+
+def test_all_listen_on_this_machine_alone_and_ask_for_the_token(cluster: Cluster) -> None:
+    open_to = listening([pid for node in cluster.nodes for pid in tree(node)])
+    assert open_to and open_to <= LOOPBACK
+    for path in ("/api/version", "/api/jobs/", "/api/v0/nodes", "/nodes?view=summary"):
+        for token, status in ((None, 401), ("f" * 64, 403), (cluster.token, 200)):
+            headers = {"Authorization": f"Bearer {token}"} if token else {}
+            assert requests.get(cluster.dashboard + path, headers=headers, timeout=60).status_code == status
+    told = subprocess.run(
+        [sys.executable, "-c", "import ray; ray.init()"],
+        env=cluster.environment() | {"RAY_AUTH_TOKEN": "f" * 64},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert told.returncode and "InvalidAuthToken" in told.stderr
+
+
+def listening(pids: list[int]) -> set[str]:
+    """The addresses (hexadecimal, as the kernel writes them) on which processes listen for TCP."""
+    sockets = set()
+    for pid in pids:
+        for fd in Path(f"/proc/{pid}/fd").glob("*"):
+            try:
+                sockets.add(os.readlink(fd).removeprefix("socket:[").removesuffix("]"))
+            except OSError:
+                continue
+    table = "".join(Path(f"/proc/net/{name}").read_text() for name in ("tcp", "tcp6"))
+    rows = [line.split() for line in table.splitlines()]
+    return {row[1].partition(":")[0] for row in rows if row[3] == "0A" and row[9] in sockets}
+
+
+def test_bad_submissions_are_one_line_and_start_nothing(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))  # no cluster of this user's
+    monkeypatch.setenv("RAY_AUTH_TOKEN", cluster.token)
+    with Path("large.txt").open("wb") as file:
+        file.truncate(65 * 2**20)
+    fine = [f"run.dir={tmp_path}/run", f"--address={cluster.dashboard}"]
+    cases = [
+        (["run.dir=/x/run"], "--address: no cluster of yours is up here"),
+        (["run.dir=/x/run", "--address=127.0.0.1:1"], "http://127.0.0.1:1: no Ray cluster answers there"),
+        ([*fine, "run.dir=runs/relative"], "run.dir=runs/relative: must be an absolute path"),
+        ([*fine, "parallel.dp=9", "data.batch_size=9"], "18 ranks need a CPU each, the cluster has"),
+        ([*fine, "launch.device=cuda"], "2 ranks need a GPU each, the cluster has 0"),
+        ([*fine, "data.source=large.txt"], "data.source=large.txt: 65.0 MiB; at most 64.0 MiB travel"),
+        ([*fine, "data.source=none.txt"], "data.source=none.txt: no such file or folder here"),
+    ]
+    for words, told in cases:
+        assert main(["submit", *words]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("nsa-dist: error: ") and error.count("\n") == 1 and told in error
+    monkeypatch.setattr("ray.__version__", "2.1.0")
+    assert main(["submit", *fine]) == 2
+    assert ", 2.1.0 here; must be equal" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "f" * 64)
+    assert main(["list", f"--address={cluster.dashboard}"]) == 2
+    assert "a wrong token was given" in capsys.readouterr().err
+    monkeypatch.setenv("RAY_AUTH_TOKEN", cluster.token)
+    assert main(["list", "--json", f"--address={cluster.dashboard}"]) == 0
+    assert json.loads(capsys.readouterr().out) == []
+    assert not (tmp_path / "run").exists()
