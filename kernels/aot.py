@@ -129,7 +129,7 @@ def compile_launch(launch: Launch, target: str) -> Any:
             attributes[(i,)] = [["tt.divisibility", 16]]
     amd = target.startswith("gfx")
     gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target[3:]), 32)
-    options = {n: kwargs[n] for n in ("num_warps", "num_stages") if n in kwargs}
+    options = {n: kwargs[n] for n in ("num_warps", "num_stages", "maxnreg") if n in kwargs}
     source = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
     return triton.compile(source(kernel, signature, constants, attributes), target=gpu, options=options)
 

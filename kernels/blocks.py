@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_dist.kernels import hopper_blocks
 from nsa_dist.kernels.branch import BranchGrad
 from nsa_dist.kernels.ranged import rows_contiguous
 from nsa_dist.kernels.selected import BlockIndex
@@ -335,12 +336,20 @@ def selected_forward(
     part_o = q.new_empty(work.chunk * groups * count * (h // groups), dv)
     part_lse = q.new_empty(len(part_o), dtype=torch.float32)
     edges = index.begin_GB, index.end_GB
+    on_hopper = hopper_blocks.takes(q, k, v, h // groups, index.longest)
+    descriptors, constants = hopper_blocks.arguments(q, k, v, h // groups) if on_hopper else ([], {})
     count_launch("block_forward")
     for chunk, first in enumerate(range(0, s, work.chunk)):
-        block_forward_kernel[(work.items,)](
-            q, k, v, token_S, index.token_N, *edges, work.order, work.start, work.item_start, work.segment, part_o,
-            part_lse, chunk, first, groups * blocks, blocks, groups, count, h, k.stride(0), v.stride(0), scale,
-            ONCE=index.longest <= meta["BN"], WIDTH=work.width, **sizes, **meta)  # fmt: skip
+        where = (token_S, index.token_N, *edges, work.order, work.start, work.item_start, work.segment)
+        which = chunk, first, groups * blocks, blocks, groups, count, h
+        if on_hopper:
+            hopper_blocks.block_forward_kernel[(work.items,)](
+                *descriptors, *where, part_o, part_lse, *which, scale,
+                WIDTH=work.width, num_warps=4, **constants)  # fmt: skip
+        else:
+            block_forward_kernel[(work.items,)](
+                q, k, v, *where, part_o, part_lse, *which, k.stride(0), v.stride(0), scale,
+                ONCE=index.longest <= meta["BN"], WIDTH=work.width, **sizes, **meta)  # fmt: skip
         queries = min(work.chunk, s - first)
         merge_kernel[(triton.cdiv(queries * (h // groups), tile), groups)](
             part_o, part_lse, picks, *edges, o, lse, first, queries, h, groups, blocks, count,

@@ -1,0 +1,172 @@
+"""Gluon, Hopper: the selected branch's forward, block by block, with the queries brought by the copy engine.
+
+The same work items and partial results as in `blocks.py`. A pick's rows of q, the R heads of a group, lie together:
+one warp asks the copy engine for those of the next picks while the others compute. Plain Triton gathers them through
+registers and waits.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from nsa_dist.kernels import hopper
+from nsa_dist.kernels.hopper import _copy_tile
+from nsa_dist.kernels.tile_ops import LOG2E
+
+_ROWS = 64  # rows of a tile, and keys of a block at most
+_STAGES = 2
+_REGISTERS = 128  # of a thread when a program starts: two programs share a multiprocessor
+
+
+@gluon.jit
+def _feed(
+    q_desc, k_desc, v_desc, q, k, v, q_full, q_empty, kv_full, order_ptr, begin, first, stop, per_query, heads, g,
+    R: gl.constexpr, PIECES: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The loading warp: the block's keys and values once, then the rows of tile after tile of picks."""
+    PICKS: gl.constexpr = 64 // R
+    mbarrier.expect(kv_full, 64 * (64 * PIECES + DV) * 2)
+    for piece in gl.static_range(PIECES):
+        _copy_tile(k_desc, [begin, piece * 64], kv_full, k.index(piece))
+    _copy_tile(v_desc, [begin, 0], kv_full, v)
+    rows = q._reinterpret(q.dtype, [STAGES * PIECES * PICKS, R, 64], q_desc.layout)
+    tiles = (stop - first + PICKS - 1) // PICKS
+    for j in range(tiles):
+        slot = j % STAGES
+        mbarrier.wait(q_empty.index(slot), ((j // STAGES) & 1) ^ 1)
+        mbarrier.expect(q_full.index(slot), 64 * 64 * PIECES * 2)
+        for i in gl.static_range(PICKS):
+            pick = gl.load(order_ptr + gl.minimum(first + j * PICKS + i, stop - 1))  # beyond the last: it again
+            row = pick // per_query * heads + g * R
+            for piece in gl.static_range(PIECES):
+                to = rows.index((slot * PIECES + piece) * PICKS + i)
+                _copy_tile(q_desc, [row, piece * 64], q_full.index(slot), to)
+
+
+@gluon.jit
+def _picks(order_ptr, at, stop, R: gl.constexpr, layout: gl.constexpr):
+    """Of a tile's 64 rows: whether there is one, its pick, its head of the group."""
+    m = gl.arange(0, 64, layout)
+    here = at + m // R < stop
+    return here, gl.load(order_ptr + at + m // R, mask=here, other=0), m % R
+
+
+@gluon.jit
+def _attend(
+    q, k, v, q_full, q_empty, kv_full, order_ptr, token_q_ptr, token_k_ptr, part_o_ptr, part_lse_ptr, begin, end,
+    first, stop, first_pick, per_query, scale,
+    R: gl.constexpr, PIECES: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    PICKS: gl.constexpr = 64 // R
+    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    out: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
+    rows: gl.constexpr = gl.SliceLayout(1, scores)
+    copy: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DV, DV // 8], [4, 1], [1, 0])
+    dtype: gl.constexpr = q.dtype
+    n = begin + gl.arange(0, 64, gl.SliceLayout(0, scores))
+    token_N = gl.load(token_k_ptr + n, mask=n < end, other=2147483647).to(gl.int32)
+    d = gl.arange(0, DV, gl.SliceLayout(0, copy))
+    factor = scale * LOG2E
+    mbarrier.wait(kv_full, 0)
+    tiles = (stop - first + PICKS - 1) // PICKS
+    for j in range(tiles):
+        slot, at = j % STAGES, first + j * PICKS
+        here, pick, head = _picks(order_ptr, at, stop, R, rows)
+        token_M = gl.load(token_q_ptr + pick // per_query, mask=here, other=-1).to(gl.int32)
+        here_o, pick_o, head_o = _picks(order_ptr, at, stop, R, gl.SliceLayout(1, copy))
+        mbarrier.wait(q_full.index(slot), (j // STAGES) & 1)
+        s = gl.zeros([64, 64], gl.float32, scores)
+        for piece in gl.static_range(PIECES):
+            s = warpgroup_mma(
+                q.index(slot * PIECES + piece), k.index(piece).permute((1, 0)), s, use_acc=piece > 0, is_async=True
+            )
+        s = warpgroup_mma_wait(0, deps=[s])
+        mbarrier.arrive(q_empty.index(slot), count=1)
+        s = gl.where(token_N[None, :] <= token_M[:, None], s * factor, float("-inf"))
+        top = gl.max(s, 1)
+        safe = gl.where(top == float("-inf"), 0.0, top)  # -inf - (-inf) would be NaN
+        s = gl.exp2(s - safe[:, None])
+        total = gl.sum(s, 1)
+        o = gl.zeros([64, DV], gl.float32, out)
+        p = gl.convert_layout(s.to(dtype), gl.DotOperandLayout(0, out, 2))
+        o = warpgroup_mma(p, v, o, use_acc=False, is_async=True)
+        divide = gl.where(total > 0, total, 1.0)
+        lse = gl.where(total > 0, (top + gl.log2(divide)) / LOG2E, float("-inf"))
+        gl.store(part_lse_ptr + (pick - first_pick) * R + head, lse, mask=here)
+        o, p = warpgroup_mma_wait(0, deps=[o, p])
+        o = (o * gl.convert_layout(1.0 / divide, gl.SliceLayout(1, out))[:, None]).to(dtype)
+        to_M = ((pick_o - first_pick) * R + head_o) * DV  # below 2**31, see blocks._chunk
+        gl.store(part_o_ptr + to_M[:, None] + d[None, :], gl.convert_layout(o, copy), mask=here_o[:, None],
+                 eviction_policy="evict_first")  # fmt: skip
+
+
+@gluon.jit
+def block_forward_kernel(
+    q_desc, k_desc, v_desc, token_q_ptr, token_k_ptr, begin_ptr, end_ptr, order_ptr, start_ptr, item_start_ptr,
+    segment_ptr, part_o_ptr, part_lse_ptr, chunk, first_query, segments, blocks, groups, count, heads, scale,
+    R: gl.constexpr, PIECES: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr, WIDTH: gl.constexpr,
+):  # fmt: skip
+    """As `blocks.block_forward_kernel`, for blocks of at most 64 rows and a power of two of heads."""
+    item = gl.load(item_start_ptr + chunk * segments) + gl.program_id(0)
+    if item < gl.load(item_start_ptr + (chunk + 1) * segments):
+        segment = gl.load(segment_ptr + item)
+        part = item - gl.load(item_start_ptr + segment)
+        first = gl.load(start_ptr + segment) + part * WIDTH
+        stop = gl.minimum(first + WIDTH, gl.load(start_ptr + segment + 1))
+        which = segment % segments
+        g = which // blocks
+        begin, end = gl.load(begin_ptr + which).to(gl.int32), gl.load(end_ptr + which).to(gl.int32)
+        per_query = groups * count
+        dtype: gl.constexpr = q_desc.dtype
+        q = gl.allocate_shared_memory(dtype, [STAGES * PIECES, 64, 64], k_desc.layout)
+        k = gl.allocate_shared_memory(dtype, [PIECES, 64, 64], k_desc.layout)
+        v = gl.allocate_shared_memory(dtype, [64, DV], v_desc.layout)
+        q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        kv_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(STAGES):
+            mbarrier.init(q_full.index(i), count=1)
+            mbarrier.init(q_empty.index(i), count=1)
+        mbarrier.init(kv_full, count=1)
+        fence_async_shared()
+        gl.warp_specialize(
+            [
+                (_attend, (q, k, v, q_full, q_empty, kv_full, order_ptr, token_q_ptr, token_k_ptr, part_o_ptr,
+                           part_lse_ptr, begin, end, first, stop, first_query * per_query, per_query, scale, R,
+                           PIECES, DV, STAGES)),
+                (_feed, (q_desc, k_desc, v_desc, q, k, v, q_full, q_empty, kv_full, order_ptr, begin, first, stop,
+                         per_query, heads, g, R, PIECES, DV, STAGES)),
+            ],
+            [1],
+            [24],
+        )  # fmt: skip
+
+
+def takes(q: Tensor, k: Tensor, v: Tensor, r: int, longest: int) -> bool:
+    """Whether the kernel computes such a selected branch: q [S, H, Dk], rows k [N, Dk], v [N, Dv]."""
+    dk, dv = k.shape[1], v.shape[1]
+    sizes = dk in (64, 128, 192, 256) and dv in (64, 128) and r in (8, 16, 32, 64) and longest <= _ROWS
+    return sizes and q.data_ptr() % 16 == 0 and hopper.takes(q, k[:, None], v[:, None])
+
+
+def arguments(q: Tensor, k: Tensor, v: Tensor, r: int) -> tuple[list[Any], dict[str, int]]:
+    """Descriptors, and what is compiled in beside the work items' width."""
+    flat = q.view(-1, q.shape[-1])
+    made = [_descriptor(flat, r, 64), _descriptor(k, _ROWS, 64), _descriptor(v, _ROWS, v.shape[1])]
+    return made, {"R": r, "PIECES": k.shape[1] // 64, "DV": v.shape[1], "STAGES": _STAGES, "maxnreg": _REGISTERS}
+
+
+def _descriptor(x_ND: Tensor, rows: int, width: int) -> TensorDescriptor:
+    dtype = gl.bfloat16 if x_ND.dtype == torch.bfloat16 else gl.float16
+    layout: Any = gl.NVMMASharedLayout.get_default_for([rows, width], dtype)
+    return TensorDescriptor(x_ND, list(x_ND.shape), list(x_ND.stride()), [rows, width], layout)
