@@ -14,10 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_dist.kernels import hopper_blocks
 from nsa_dist.kernels.branch import BranchGrad
 from nsa_dist.kernels.ranged import rows_contiguous
-from nsa_dist.kernels.selected import BlockIndex
+from nsa_dist.kernels.selected import BlockIndex, check_picks
 from nsa_dist.kernels.tile_ops import (
     LOG2E,
     add_products,
@@ -28,10 +27,20 @@ from nsa_dist.kernels.tile_ops import (
     store_two,
     zeros_two,
 )
-from nsa_dist.kernels.tuning import check_launch, count_launch, head_sizes, pieces, precision, target, tuned
+from nsa_dist.kernels.tuning import (
+    check_launch,
+    count_launch,
+    head_sizes,
+    on_hopper,
+    pieces,
+    precision,
+    target,
+    tuned,
+)
 
 _ITEM_ROWS = 2048  # queries times heads of a work item
-_CHUNK_BYTES = 3 << 29  # of partial results
+_CHUNK_BYTES = 3 << 29  # of partial results;
+_LONG = 1 << 17  # half of it from so many queries on: there memory is scarce, and what it costs is small
 
 
 @triton.jit
@@ -324,6 +333,7 @@ def selected_forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """As `selected.selected_forward`: output [S, H, Dv] in q's type, log-sum-exp [S, H] in float32."""
+    check_picks(picks_SGn, index)
     q, k, v, picks = q_SHD.contiguous(), rows_contiguous(k_ND), rows_contiguous(v_ND), picks_SGn.contiguous()
     check_launch(q, k, v)
     (s, h, dk), (_, groups, count), dv = q.shape, picks.shape, v.shape[1]
@@ -336,13 +346,15 @@ def selected_forward(
     part_o = q.new_empty(work.chunk * groups * count * (h // groups), dv)
     part_lse = q.new_empty(len(part_o), dtype=torch.float32)
     edges = index.begin_GB, index.end_GB
-    on_hopper = hopper_blocks.takes(q, k, v, h // groups, index.longest)
-    descriptors, constants = hopper_blocks.arguments(q, k, v, h // groups) if on_hopper else ([], {})
+    by_gluon = _by_gluon(q, k, v, h // groups, index.longest)
     count_launch("block_forward")
     for chunk, first in enumerate(range(0, s, work.chunk)):
         where = (token_S, index.token_N, *edges, work.order, work.start, work.item_start, work.segment)
         which = chunk, first, groups * blocks, blocks, groups, count, h
-        if on_hopper:
+        if by_gluon:
+            from nsa_dist.kernels import hopper_blocks
+
+            descriptors, constants = hopper_blocks.arguments(q, k, v, h // groups)
             hopper_blocks.block_forward_kernel[(work.items,)](
                 *descriptors, *where, part_o, part_lse, *which, scale,
                 WIDTH=work.width, num_warps=4, **constants)  # fmt: skip
@@ -405,6 +417,13 @@ def selected_backward(
     return dq, d_k, d_v
 
 
+def _by_gluon(q: Tensor, k_ND: Tensor, v_ND: Tensor, r: int, longest: int) -> bool:
+    """Whether `hopper_blocks.py` computes it: blocks of a tile's rows at most, a power of two of heads."""
+    dk, dv = k_ND.shape[1], v_ND.shape[1]
+    sizes = dk in (64, 128, 192, 256) and dv in (64, 128) and r in (8, 16, 32, 64) and longest <= 64
+    return sizes and q.data_ptr() % 16 == 0 and on_hopper(q, k_ND[:, None], v_ND[:, None])
+
+
 def _launch(kernel: str, q: Tensor, dk: int, dv: int, r: int) -> tuple[dict[str, int | str], dict[str, int], int]:
     """Sizes that are compiled in, tile sizes, rows of a tile of the summing kernel."""
     meta = tuned(kernel, q, dk, dv)
@@ -423,5 +442,6 @@ def _chunk(q: Tensor, elements: int) -> int:
     """Queries whose partial results, of so many elements each, fit: fewer than 2**31 elements."""
     if target(q.device) == "interpreter":
         return 64
-    most = 1 << (max(1, _CHUNK_BYTES // (elements * q.element_size())).bit_length() - 1)
+    bound = _CHUNK_BYTES // (2 if len(q) >= _LONG else 1)
+    most = 1 << (max(1, bound // (elements * q.element_size())).bit_length() - 1)
     return min(most, triton.next_power_of_2(len(q)))

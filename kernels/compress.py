@@ -43,8 +43,8 @@ def compress_mlp(
         raise ValueError(f"w1 of shape {tuple(w1.shape)}: must be [features, {l * size}]")
     # w1 (x + position) = w1 x + w1 position: a second bias, for which no block's tokens are changed.
     hidden_CGF = linear(position_lD.flatten(), w1, b1).expand(len(first_C), x_NGD.shape[1], -1)
-    for part_CdGD, w_part in zip(_parts(x_NGD, first_C, spec), w1.split(d * size, dim=1), strict=True):
-        hidden_CGF = hidden_CGF + linear(part_CdGD.transpose(1, 2).flatten(2), w_part)
+    for rows_Cd, w_part in zip(_parts(first_C, spec), w1.split(d * size, dim=1), strict=True):
+        hidden_CGF = hidden_CGF + _TakenLinear.apply(x_NGD, rows_Cd, w_part)
     return linear(silu(hidden_CGF), w2, b2)
 
 
@@ -55,21 +55,20 @@ def compress_mean(x_NGD: Tensor, first_C: Tensor, spec: NSASpec) -> Tensor:
     """
     kind = torch.promote_types(x_NGD.dtype, torch.float32)
     total_CGD = x_NGD.new_zeros(len(first_C), *x_NGD.shape[1:], dtype=kind)
-    for part_CdGD in _parts(x_NGD, first_C, spec):
-        total_CGD = total_CGD + part_CdGD.sum(1, dtype=kind)
+    for rows_Cd in _parts(first_C, spec):
+        total_CGD = total_CGD + _Take.apply(x_NGD, rows_Cd).sum(1, dtype=kind)
     return (total_CGD / spec.compress_block).to(x_NGD.dtype)
 
 
-def _parts(x_NGD: Tensor, first_C: Tensor, spec: NSASpec) -> Iterator[Tensor]:
-    """Each block's tokens in l/d parts of d tokens, [C, d, G, D].
+def _parts(first_C: Tensor, spec: NSASpec) -> Iterator[Tensor]:
+    """The rows of each block's l tokens in l/d parts of d tokens, [C, d].
 
     Blocks overlap, but those of one part don't: its backward writes each row once, where that of whole blocks
     would add in an order that changes from run to run.
     """
-    d = spec.compress_stride
-    rows_Cd = first_C[:, None] + torch.arange(d, device=first_C.device)
-    for start in range(0, spec.compress_block, d):
-        yield _Take.apply(x_NGD, rows_Cd + start)
+    rows_Cd = first_C[:, None] + torch.arange(spec.compress_stride, device=first_C.device)
+    for start in range(0, spec.compress_block, spec.compress_stride):
+        yield rows_Cd + start
 
 
 class _Take(torch.autograd.Function):
@@ -87,3 +86,28 @@ class _Take(torch.autograd.Function):
         d_x = grad.new_zeros(ctx.shape)
         d_x[rows] = grad
         return d_x, None
+
+
+class _TakenLinear(torch.autograd.Function):
+    """linear(x_NGD[rows_Cd] as [C, G, d * D], w): the taken rows, a copy of x, are taken again in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NGD: Tensor, rows_Cd: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x_NGD, rows_Cd, w)
+        return linear(_taken(x_NGD, rows_Cd), w)
+
+    @staticmethod
+    def backward(ctx: Any, grad_CGF: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        x_NGD, rows_Cd, w = ctx.saved_tensors
+        d_x = d_w = None
+        if ctx.needs_input_grad[0]:
+            parts = (grad_CGF @ w).unflatten(2, (rows_Cd.shape[1], x_NGD.shape[2]))
+            d_x = torch.zeros_like(x_NGD)
+            d_x[rows_Cd] = parts.transpose(1, 2)
+        if ctx.needs_input_grad[2]:
+            d_w = grad_CGF.flatten(0, 1).T @ _taken(x_NGD, rows_Cd).flatten(0, 1)
+        return d_x, None, d_w
+
+
+def _taken(x_NGD: Tensor, rows_Cd: Tensor) -> Tensor:
+    return x_NGD[rows_Cd].transpose(1, 2).flatten(2)

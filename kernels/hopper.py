@@ -24,7 +24,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nsa_dist.kernels.tile_ops import LOG2E
 from nsa_dist.kernels.tiled import Ranges
-from nsa_dist.kernels.tuning import count_launch, head_sizes, pieces, target, tuned
+from nsa_dist.kernels.tuning import count_launch, head_sizes, pieces, tuned
 
 # Their names in Triton 3.9, and before.
 _copy_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -303,18 +303,6 @@ def _key_products(
     if DK2 > 0:
         s = warpgroup_mma(k2.index(slot), q2.permute((1, 0)), s, is_async=True)
     return s
-
-
-def takes(q: Tensor, *kv: Tensor) -> bool:
-    """Whether these kernels compute such tensors (the others do what they don't)."""
-    if target(q.device) != "sm_90" or q.element_size() != 2 or any(len(x) == 0 for x in kv):
-        return False
-    for x in kv:
-        parts = pieces("", x.shape[-1])
-        aligned = x.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in x.stride()[:-1]) and x.stride(-1) == 1
-        if not aligned or x.shape[-1] not in (64, 96, 128, 192, 256) or parts["D1"] + parts["D2"] != x.shape[-1]:
-            return False
-    return True
 
 
 def descriptors(x_NGD: Tensor, rows: int) -> list[TensorDescriptor]:

@@ -19,7 +19,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from nsa_dist.kernels import hopper
 from nsa_dist.kernels.hopper import _copy_tile
 from nsa_dist.kernels.tile_ops import LOG2E
 
@@ -154,13 +153,6 @@ def block_forward_kernel(
             [1],
             [24],
         )  # fmt: skip
-
-
-def takes(q: Tensor, k: Tensor, v: Tensor, r: int, longest: int) -> bool:
-    """Whether the kernel computes such a selected branch: q [S, H, Dk], rows k [N, Dk], v [N, Dv]."""
-    dk, dv = k.shape[1], v.shape[1]
-    sizes = dk in (64, 128, 192, 256) and dv in (64, 128) and r in (8, 16, 32, 64) and longest <= _ROWS
-    return sizes and q.data_ptr() % 16 == 0 and hopper.takes(q, k[:, None], v[:, None])
 
 
 def arguments(q: Tensor, k: Tensor, v: Tensor, r: int) -> tuple[list[Any], dict[str, int]]:

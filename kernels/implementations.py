@@ -54,6 +54,8 @@ def implementation(q: Tensor, backend: str = "auto") -> Implementation:
         )
     if backend == "triton" and q.dtype not in tuning.DTYPES:
         raise ValueError(f"backend='triton' with q of {q.dtype}: must be float16, bfloat16 or float32")
+    if backend == "auto" and q.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"q on {q.device}: must be on cpu or cuda (ROCm too), or backend='triton' where Triton runs")
     on_gpu = q.device.type == "cuda" and q.dtype != torch.float64
     if not on_gpu and backend != "triton":
         return VECTORISED

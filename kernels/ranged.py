@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_dist.kernels import hopper
 from nsa_dist.kernels.branch import BranchGrad
 from nsa_dist.kernels.tile_ops import (
     LOG2E,
@@ -28,7 +27,7 @@ from nsa_dist.kernels.tile_ops import (
     zeros_two,
 )
 from nsa_dist.kernels.tiled import Ranges
-from nsa_dist.kernels.tuning import check_launch, count_launch, head_sizes, precision, tuned
+from nsa_dist.kernels.tuning import check_launch, count_launch, head_sizes, on_hopper, precision, tuned
 
 
 @triton.jit
@@ -180,7 +179,9 @@ def range_forward(q_SHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, ranges: Ranges, s
     o, lse = q.new_empty(s, h, dv), q.new_empty(s, h, dtype=torch.float32)
     if s == 0:
         return o, lse
-    if hopper.takes(q, k, v):
+    if on_hopper(q, k, v):
+        from nsa_dist.kernels import hopper
+
         hopper.range_forward(q, k, v, ranges, scale, o, lse)
         return o, lse
     meta = tuned("range_forward", q, dk, dv)
@@ -228,7 +229,7 @@ def range_backward(
             do, q, k, v, *rows, ranges.lo_S, ranges.hi_S, *ranges.seen_by(keys), d_k, d_v,
             keys, groups, h, split_queries, *shared, NARROW=narrow,
             **sizes, **meta)  # fmt: skip
-        return dq, d_k.sum(0), d_v.sum(0)
+        return (dq, d_k[0], d_v[0]) if splits == 1 else (dq, d_k.sum(0), d_v.sum(0))
     return dq, d_k.new_zeros(d_k.shape[1:]), d_v.new_zeros(d_v.shape[1:])
 
 

@@ -12,13 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_dist.kernels import hopper
 from nsa_dist.kernels.compressed import CompressedView
 from nsa_dist.kernels.packing import overlap_weights
 from nsa_dist.kernels.ranged import rows_contiguous
 from nsa_dist.kernels.spec import NSASpec
 from nsa_dist.kernels.tile_ops import LOG2E, load_two, products
-from nsa_dist.kernels.tuning import check_launch, count_launch, pieces, precision, target, tuned
+from nsa_dist.kernels.tuning import check_launch, count_launch, on_hopper, pieces, precision, target, tuned
 
 _CHUNK = 256  # blocks that are compared at once
 _PART_TILES = 32  # tiles of keys of a program
@@ -163,11 +162,13 @@ def select_blocks(
     count_launch("scores")
     r, rp = h // groups, triton.next_power_of_2(h // groups)
     sizes = {"R": r, "RP": rp, **pieces("K", dk), "BT": tile, "BN": meta["BN"], "PART": part}
-    on_hopper = hopper.takes(q, k) and 64 <= tile * rp <= 256
+    by_gluon = on_hopper(q, k) and 64 <= tile * rp <= 256
     for first in range(0, len(bounds), at_once):
         tiles = min(at_once, len(bounds) - first)
         grid = (tiles, groups, triton.cdiv(width, part))
-        if on_hopper:
+        if by_gluon:
+            from nsa_dist.kernels import hopper
+
             hopper.score_sums_kernel[grid](
                 *hopper.descriptors(k, meta["BN"]), q, lse_SH, lo, hi, bounds, sums, first, h, groups, k.stride(1),
                 width, scale, STAGES=meta["num_stages"], num_warps=meta["num_warps"], **sizes)  # fmt: skip

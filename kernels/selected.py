@@ -44,6 +44,18 @@ def head_rows(x_NGD: Tensor) -> Tensor:
     return x_NGD.transpose(0, 1).reshape(-1, x_NGD.shape[-1])
 
 
+def check_picks(picks_SGn: Tensor, index: BlockIndex) -> None:
+    """Raises ValueError for a pick that is no block; on a GPU, where asking would wait, its assertion fails."""
+    blocks = index.begin_GB.shape[1]
+    words = f"picks: must be block numbers from 0 to {blocks - 1}, or -1"
+    fit = ((picks_SGn >= -1) & (picks_SGn < blocks)).all()
+    if fit.device.type == "cuda":
+        torch._assert_async(fit, words)
+    elif not fit:
+        wrong = picks_SGn[(picks_SGn < -1) | (picks_SGn >= blocks)]
+        raise ValueError(f"{words}; {len(wrong)} aren't, the first is {int(wrong[0])}")
+
+
 def selected_forward(
     q_SHD: Tensor,
     k_ND: Tensor,
@@ -56,8 +68,9 @@ def selected_forward(
     """Output [S, H, Dv] and log-sum-exp [S, H] over the selected blocks' rows in the buffer.
 
     `token_S`: the queries' tokens. A query with no row in the buffer gets 0 and -inf, so that buffers are
-    merged by log-sum-exp.
+    merged by log-sum-exp. Raises ValueError for a pick that is no block.
     """
+    check_picks(picks_SGn, index)
     groups = picks_SGn.shape[1]
     q, k, v = group_queries(q_SHD, groups), k_ND.to(work_dtype(k_ND)), v_ND.to(work_dtype(v_ND))
     o = torch.zeros(*q.shape[:3], v.shape[-1], dtype=v.dtype, device=v.device)

@@ -65,6 +65,18 @@ def _target(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
+def on_hopper(q: Tensor, *kv: Tensor) -> bool:
+    """Whether the Gluon kernels compute such tensors. Their modules are loaded only then: some Tritons lack Gluon."""
+    if target(q.device) != "sm_90" or q.element_size() != 2 or any(len(x) == 0 for x in kv):
+        return False
+    for x in kv:
+        parts = pieces("", x.shape[-1])
+        aligned = x.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in x.stride()[:-1]) and x.stride(-1) == 1
+        if not aligned or x.shape[-1] not in (64, 96, 128, 192, 256) or parts["D1"] + parts["D2"] != x.shape[-1]:
+            return False
+    return True
+
+
 def tuned(kernel: str, x: Tensor, dk: int, dv: int) -> dict[str, int]:
     """Tile sizes, warps and stages of a kernel."""
     return dict(configuration(kernel, target(x.device), x.dtype == torch.float32, max(dk, dv)))

@@ -14,6 +14,7 @@ from nsa_dist.kernels.attention import local_views
 from nsa_dist.kernels.combine import merge
 from nsa_dist.kernels.compressed import compressed_forward
 from nsa_dist.kernels.full import full_backward, full_forward
+from nsa_dist.kernels.implementations import implementation
 from nsa_dist.kernels.packing import Packing
 from nsa_dist.kernels.reference import reference_full, reference_selection
 
@@ -154,6 +155,11 @@ def test_what_cannot_be_served_is_named(change: dict[str, Any], words: str) -> N
         nsa_attention(**arguments, spec=NSASpec())
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_device_without_kernels_is_refused() -> None:
+    with pytest.raises(ValueError, match="q on meta: must be on cpu or cuda"):
+        implementation(torch.empty(1, device="meta"))
 
 
 @pytest.mark.parametrize(

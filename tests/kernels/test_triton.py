@@ -1,6 +1,8 @@
 """`backend="triton"` against the reference: a pairwise cover of sizes, groups, specs and documents."""
 
+from collections.abc import Callable
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 import pytest
@@ -116,6 +118,17 @@ def test_selected_blocks_from_two_buffers_are_one_softmax(held: float) -> None:
     assert state is not None
     for a, b in zip((*state, dq, *grads), (o, lse, *want), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="on a GPU an assertion of the device, which ends the process")
+@pytest.mark.parametrize("wrong", [3, -2])
+@pytest.mark.parametrize("forward", [blocks.selected_forward, selected.selected_forward])
+def test_a_selection_out_of_range_is_refused(forward: Callable[..., Any], wrong: int) -> None:
+    index = selected.block_index(Packing(np.array([0, 40]), NSASpec(8, 4, 16, 4)), [np.arange(40)] * 2, DEVICE)
+    picks = torch.zeros(40, 2, 4, dtype=torch.int32)
+    picks[7, 0, 2] = wrong  # 3: a block of the next KV head, were it not refused
+    with pytest.raises(ValueError, match=f"from 0 to 2, or -1; 1 aren't, the first is {wrong}"):
+        forward(torch.zeros(40, 2, 16), torch.zeros(80, 16), torch.zeros(80, 16), picks, torch.arange(40), index, 1.0)
 
 
 @pytest.mark.parametrize(
