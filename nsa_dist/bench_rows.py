@@ -36,10 +36,10 @@ def traffic_row(tables: Ints, tokens: int, sizes: Sizes, layers: int = 1) -> Row
 
 
 def traffic_tables(traffic: Traffic, ranks: int) -> Ints:
-    """The same tables of traffic that is computed, not run; nothing of it is between nodes."""
+    """The same tables of traffic that is computed, not run."""
     tables = np.zeros((ranks, len(KINDS), len(PHASES), len(FIELDS)), np.int64)
-    for (kind, phase), both in traffic.items():
-        tables[:, KINDS.index(kind), PHASES.index(phase), :2] = np.stack(both, axis=1)
+    for (kind, phase), flow in traffic.items():
+        tables[:, KINDS.index(kind), PHASES.index(phase)] = flow.T
     return tables
 
 

@@ -44,12 +44,13 @@ def rival_traffic(name: str, model: TrafficModel, kinds: list[str]) -> Traffic |
 def rival_tables(config: Config, sequence: ShardedSequence) -> Ints:
     """[rivals, kinds, phases, fields]: this rank's bytes; -1 throughout for a rival that can't run."""
     tables = np.zeros((len(RIVALS), len(KINDS), len(PHASES), len(FIELDS)), np.int64)
-    model, rank = TrafficModel(sequence.packing, sequence.layout, layer_sizes(config)), sequence.axis.rank
+    axis = sequence.axis
+    model = TrafficModel(sequence.packing, sequence.layout, layer_sizes(config), axis.nodes)
     for i, name in enumerate(RIVALS):
         traffic = rival_traffic(name, model, layer_kinds(config.model))
         if traffic is None:
             tables[i] = -1
             continue
-        for (kind, phase), (sent, received) in traffic.items():
-            tables[i, KINDS.index(kind), PHASES.index(phase), :2] = sent[rank], received[rank]
+        for (kind, phase), flow in traffic.items():
+            tables[i, KINDS.index(kind), PHASES.index(phase)] = flow[:, axis.rank]
     return tables

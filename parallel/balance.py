@@ -8,15 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nsa_dist.kernels.packing import Ints, Packing
 from nsa_dist.parallel import needs
 from nsa_dist.parallel.layout import LAYOUTS, Layout, make_layout
-from nsa_dist.parallel.plan import row_counts
+from nsa_dist.parallel.plan import Floats, row_counts
 from nsa_dist.parallel.traffic import Sizes
 
-Floats = NDArray[np.float64]
 MOST_TOKENS = 1.25  # a rank of an uneven cut holds at most so many times the mean: its memory grows with them
 _GAIN = 0.99  # a layout is taken for another only where it is this much faster
 

@@ -15,6 +15,7 @@ from nsa_dist.parallel.layout import Layout, clip, count_below, expand
 from nsa_dist.parallel.needs import Needs
 
 Bools = NDArray[np.bool_]
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,17 @@ The same plans that the exchanges follow, counted. A test holds the ledger of re
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from nsa_dist.kernels.packing import Ints, Packing
 from nsa_dist.parallel import needs
 from nsa_dist.parallel.layout import Layout
-from nsa_dist.parallel.plan import Bools, dense_pieces, make_pieces, piece_counts, row_counts, selected_pieces
+from nsa_dist.parallel.plan import Bools, Floats, Pieces, make_pieces, piece_counts, row_counts, selected_pieces
 from nsa_dist.parallel.span import SpanPlan
 
-Traffic = dict[tuple[str, str], tuple[Ints, Ints]]  # (kind, phase): bytes [P] sent, received
+Traffic = dict[tuple[str, str], Ints]  # (kind, phase): bytes [fields of the ledger, P]
 
 
 @dataclass(frozen=True)
@@ -34,36 +35,43 @@ class Sizes:
 
 
 class TrafficModel:
-    """What one layer of a cut sequence sends under each exchange."""
+    """What one layer of a cut sequence sends under each exchange. nodes [P]: the node of each rank (one for all)."""
 
-    def __init__(self, packing: Packing, layout: Layout, sizes: Sizes) -> None:
+    def __init__(self, packing: Packing, layout: Layout, sizes: Sizes, nodes: Ints | None = None) -> None:
         self.packing, self.layout, self.sizes = packing, layout, sizes
+        self.nodes = np.zeros(layout.ranks, np.int64) if nodes is None else nodes
         self.causal = needs.causal(layout, packing)
-        self.pieces = make_pieces(layout, packing, self.causal)
 
-    def nsa(self, exchange: str, needs_PGB: Bools | None = None, refetch: bool = False) -> Traffic:
-        """Of an NSA layer. `nsa` takes the bitmaps [P, G, NB]: which blocks each rank's queries selected."""
+    @cached_property
+    def pieces(self) -> Pieces:
+        return make_pieces(self.layout, self.packing, self.causal)
+
+    @cached_property
+    def causal_counts(self) -> Ints:
+        """[receiver, owner]: tokens of others that a rank may see."""
+        return row_counts(self.layout, self.causal)
+
+    def nsa(
+        self, exchange: str, needs_PGB: Bools | None = None, refetch: bool = False, share_P: Floats | None = None
+    ) -> Traffic:
+        """Of an NSA layer. `nsa` takes the bitmaps [P, G, NB], which blocks each rank's queries selected; or which
+        share of what it may see of others each rank fetches."""
         if exchange == "ulysses":
             return self._ulysses(branches=2)
         if exchange == "ring":  # of full attention over one branch's KV, for comparison
             return self.full("ring")
-        halo = needs.window_halo(self.layout, self.packing)
-        traffic = self.compress_halo() | self._rows("window_halo", self.layout, halo)
-        cmp_layout = self.layout.mapped(self.packing.cmp_start)
-        traffic |= self._rows("compressed", cmp_layout, needs.compressed(self.layout, self.packing))
-        traffic |= self._span()
+        traffic = self.compress_halo() | self.window() | self.compressed() | self._span()
         if exchange == "nsa":
-            assert needs_PGB is not None
-            need = selected_pieces(self.pieces, needs_PGB)
             traffic |= self._bitmap()
-        else:
-            need = dense_pieces(self.pieces, self.sizes.groups, causal=exchange == "groupcast")
-        counts = piece_counts(self.pieces, need, self.layout.ranks)
+        counts = self._selected_counts(exchange, needs_PGB, share_P)
         traffic |= self._both("selected", counts, self.sizes.dk + self.sizes.dv)
         if refetch or exchange == "allgather_heads":
-            forward = traffic["selected", "forward"]
-            traffic["refetch", "backward"] = forward
+            traffic["refetch", "backward"] = traffic["selected", "forward"]
         return traffic
+
+    def compressed(self) -> Traffic:
+        cmp_layout = self.layout.mapped(self.packing.cmp_start)
+        return self._rows("compressed", cmp_layout, needs.compressed(self.layout, self.packing))
 
     def window(self) -> Traffic:
         """Of a window layer."""
@@ -81,62 +89,79 @@ class TrafficModel:
     def compress_halo(self) -> Traffic:
         return self._rows("compress_halo", self.layout, needs.compress_halo(self.layout, self.packing))
 
+    def _selected_counts(self, exchange: str, needs_PGB: Bools | None, share_P: Floats | None) -> Ints:
+        """[receiver, owner]: rows of single KV heads."""
+        if exchange != "nsa":
+            wanted = self.causal_counts if exchange == "groupcast" else self._every_row()
+            return wanted * self.sizes.groups
+        if needs_PGB is not None:
+            return piece_counts(self.pieces, selected_pieces(self.pieces, needs_PGB), self.layout.ranks)
+        assert share_P is not None
+        return np.rint(self.causal_counts * self.sizes.groups * share_P[:, None]).astype(np.int64)
+
+    def _every_row(self) -> Ints:
+        counts = np.repeat(self._counts(self.layout)[None], self.layout.ranks, axis=0)
+        np.fill_diagonal(counts, 0)
+        return counts
+
     def _rows(self, kind: str, layout: Layout, wanted: needs.Needs) -> Traffic:
         return self._both(kind, row_counts(layout, wanted), self.sizes.kv)
 
     def _both(self, kind: str, counts: Ints, width: int) -> Traffic:
         """Rows there in the forward, their gradients back in the backward."""
-        received, sent = counts.sum(1) * width, counts.sum(0) * width
         element, grad = self.sizes.element_bytes, self.sizes.grad_bytes
         return {
-            (kind, "forward"): (sent * element, received * element),
-            (kind, "backward"): (received * grad, sent * grad),
+            (kind, "forward"): self._flow(counts * (width * element)),
+            (kind, "backward"): self._flow(counts.T * (width * grad)),
         }
+
+    def _flow(self, bytes_PP: Ints) -> Ints:
+        """From bytes [receiver, sender] the ledger's fields of each rank."""
+        other = bytes_PP * (self.nodes[:, None] != self.nodes)
+        return np.stack([bytes_PP.sum(0), bytes_PP.sum(1), other.sum(0), other.sum(1)])
 
     def _span(self) -> Traffic:
         """8 bytes a sum and KV head, where the model has the span rule."""
         if not self.packing.spec.span:
             return {}
-        counts = SpanPlan(self.packing, self.layout).counts() * self.sizes.groups * 8
-        return {("span", "forward"): (counts.sum(0), counts.sum(1))}
+        return {("span", "forward"): self._flow(SpanPlan(self.packing, self.layout).counts() * self.sizes.groups * 8)}
 
     def _bitmap(self) -> Traffic:
         ranks = self.layout.ranks
-        size = np.full(ranks, (ranks - 1) * self.sizes.groups * -(-self.packing.blocks // 8), np.int64)
-        return {("bitmap", "forward"): (size, size)}
+        size = self.sizes.groups * -(-self.packing.blocks // 8)
+        return {("bitmap", "forward"): self._flow(size * (1 - np.eye(ranks, dtype=np.int64)))}
 
     def _counts(self, layout: Layout) -> Ints:
-        return np.array([(s[:, 1] - s[:, 0]).sum() for s in map(layout.segments, range(layout.ranks))], np.int64)
+        return np.bincount(layout.owner, np.diff(layout.cuts), minlength=layout.ranks).astype(np.int64)
 
     def _ring(self) -> Traffic:
         ranks, kv = self.layout.ranks, self.sizes.kv
-        rows = self._counts(self.layout)
-        # A rank sends on every part but the next rank's own, and gets every part but its own.
-        sent, received = (rows.sum() - np.roll(rows, -1)) * kv, (rows.sum() - rows) * kv
+        rows, rank = self._counts(self.layout), np.arange(self.layout.ranks)
         element, grad = self.sizes.element_bytes, self.sizes.grad_bytes
-        around = np.full(ranks, rows.sum() * kv * (ranks > 1), np.int64)
-        backward = (sent * element + around * grad, received * element + around * grad)
-        return {
-            ("full_kv", "forward"): (sent * element, received * element),
-            ("full_kv", "backward"): backward,
-        }
+
+        def round_(bytes_P: Ints) -> Ints:
+            bytes_PP = np.zeros((ranks, ranks), np.int64)
+            bytes_PP[rank, rank - 1] = bytes_P * (ranks > 1)
+            return self._flow(bytes_PP)
+
+        # A rank gets every part but its own; in the backward also every part's gradients, its own last.
+        parts = (rows.sum() - rows) * kv * element
+        around = np.full(ranks, rows.sum() * kv * grad)
+        return {("full_kv", "forward"): round_(parts), ("full_kv", "backward"): round_(parts + around)}
 
     def _ulysses(self, branches: int) -> Traffic:
         """q, output and, for NSA (`branches` of token KV), gates and compressed KV; for full attention one KV."""
         sizes, ranks = self.sizes, self.layout.ranks
-        tokens, compressed = (
-            self._counts(self.layout),
-            self._counts(self.layout.mapped(self.packing.cmp_start)),
-        )
+        tokens, compressed = self._counts(self.layout), self._counts(self.layout.mapped(self.packing.cmp_start))
         width = sizes.heads * sizes.dk + sizes.kv * max(branches, 1) + (3 * sizes.heads if branches else 0)
         there = tokens * width + compressed * (sizes.kv if branches else 0)
         back = tokens * sizes.heads * sizes.dv
 
-        def swap(to_heads: Ints, to_tokens: Ints, size: int) -> tuple[Ints, Ints]:
-            # Of its own rows a rank sends all but 1 / P to others, and gets 1 / P of every other rank's.
-            sent = to_heads * (ranks - 1) // ranks + (to_tokens.sum() - to_tokens) // ranks
-            received = (to_heads.sum() - to_heads) // ranks + to_tokens * (ranks - 1) // ranks
-            return sent * size, received * size
+        def swap(to_heads: Ints, to_tokens: Ints, size: int) -> Ints:
+            # A rank sends 1 / P of its own rows to each other one, and gets 1 / P of its own tokens' outputs.
+            bytes_PP = (to_heads[None] // ranks + to_tokens[:, None] // ranks) * size
+            np.fill_diagonal(bytes_PP, 0)
+            return self._flow(bytes_PP)
 
         traffic: Traffic = {("ulysses", "forward"): swap(there, back, sizes.element_bytes)}
         # Backward: the output's gradient goes to heads, the inputs' gradients to tokens.
@@ -146,6 +171,5 @@ class TrafficModel:
 
 def add_traffic(total: Traffic, part: Traffic, times: int = 1) -> None:
     """Adds `times` layers' traffic to a total, in place."""
-    for key, (sent, received) in part.items():
-        old = total.get(key, (0, 0))
-        total[key] = old[0] + sent * times, old[1] + received * times
+    for key, flow in part.items():
+        total[key] = total.get(key, 0) + flow * times

@@ -108,4 +108,4 @@ def _mean(layers: list[Traffic]) -> Means:
     total: Traffic = {}
     for layer in layers:
         add_traffic(total, layer)
-    return {key: (sent / len(layers), received / len(layers)) for key, (sent, received) in total.items()}
+    return {key: (flow[0] / len(layers), flow[1] / len(layers)) for key, flow in total.items()}

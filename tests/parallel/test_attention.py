@@ -196,7 +196,7 @@ def compare_traffic(seq, traffic, wire):  # type: ignore[no-untyped-def]
     if (passed := wire.take()) != counted:
         yield f"the ledger counts {counted}, torch.distributed was given {passed}"
     for key in traffic.keys() | found.keys():
-        sent, received = (int(x[rank]) for x in traffic.get(key, (np.zeros(9, int),) * 2))
+        sent, received = (int(x[rank]) for x in traffic.get(key, np.zeros((2, 9), int))[:2])
         entry = found.get(key)
         counted = (entry.sent_bytes, entry.received_bytes) if entry else (0, 0)
         if counted != (sent, received):

@@ -38,7 +38,7 @@ def test_an_aligned_cut_sends_what_the_formulas_say(ranks: int, window: int) -> 
         for kind, received in (rows | {"selected": fetched}).items():
             assert traffic[kind, "forward"][1].tolist() == (received * KV * 2).tolist(), (exchange, kind)
             assert traffic[kind, "backward"][0].tolist() == (received * KV * 4).tolist(), (exchange, kind)
-            for sent, got in (traffic[kind, "forward"], traffic[kind, "backward"]):
+            for sent, got, *_ in (traffic[kind, "forward"], traffic[kind, "backward"]):
                 assert sent.sum() == got.sum()
     around = np.full(ranks, (ranks - 1) * part * KV * 2)
     for exchange in ("ring", "allgather"):
