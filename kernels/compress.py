@@ -101,13 +101,19 @@ class _TakenLinear(torch.autograd.Function):
         x_NGD, rows_Cd, w = ctx.saved_tensors
         d_x = d_w = None
         if ctx.needs_input_grad[0]:
-            parts = (grad_CGF @ w).unflatten(2, (rows_Cd.shape[1], x_NGD.shape[2]))
-            d_x = torch.zeros_like(x_NGD)
-            d_x[rows_Cd] = parts.transpose(1, 2)
+            d_x = torch.zeros_like(x_NGD, memory_format=torch.contiguous_format)
+            parts_CGdD = (grad_CGF @ w).unflatten(2, (rows_Cd.shape[1], x_NGD.shape[2]))
+            d_x.flatten(0, 1)[_by_head(rows_Cd, x_NGD.shape[1])] = parts_CGdD
         if ctx.needs_input_grad[2]:
             d_w = grad_CGF.flatten(0, 1).T @ _taken(x_NGD, rows_Cd).flatten(0, 1)
         return d_x, None, d_w
 
 
 def _taken(x_NGD: Tensor, rows_Cd: Tensor) -> Tensor:
-    return x_NGD[rows_Cd].transpose(1, 2).flatten(2)
+    """[C, G, d * D]"""
+    return x_NGD.flatten(0, 1)[_by_head(rows_Cd, x_NGD.shape[1])].flatten(2)
+
+
+def _by_head(rows_Cd: Tensor, groups: int) -> Tensor:
+    """[C, G, d]: each KV head's rows in [N * G, D]. So taken they are copied once, not again to be transposed."""
+    return rows_Cd[:, None] * groups + torch.arange(groups, device=rows_Cd.device)[:, None]

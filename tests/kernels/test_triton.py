@@ -21,10 +21,10 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CASES = [
     ([90], 16, 1, 16, 16, NSASpec(8, 4, 16, 5, 1, 2, 24)),
     ([40, 3, 61], 6, 2, 24, 16, NSASpec(8, 4, 16, 4, 1, 2, 7)),
-    ([129], 2, 2, 48, 40, NSASpec(12, 4, 24, 3, 0, 1, 64)),
+    ([101], 2, 2, 48, 40, NSASpec(12, 4, 24, 3, 0, 1, 64)),
     ([31], 7, 1, 72, 24, NSASpec(32, 16, 64, 16, 1, 2, 512)),
     ([1, 1, 45], 4, 2, 16, 136, NSASpec(4, 4, 4, 9, 2, 2, 1)),
-    ([70], 40, 1, 32, 16, NSASpec(16, 8, 8, 6, 1, 2, 33)),
+    ([37], 40, 1, 32, 16, NSASpec(16, 8, 8, 3, 1, 1, 33)),
     ([200], 4, 1, 192, 128, NSASpec(32, 16, 64, 3, 1, 1, 48)),
 ]
 
@@ -145,7 +145,7 @@ def test_what_no_kernel_is_made_for_is_refused(dtype: torch.dtype, size: int, wo
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_operators_keep_torchs_rules(recompute: bool) -> None:
     spec = NSASpec(8, 4, 16, 4, 1, 2, 24)
-    cu, xs = inputs([20, 33], 4, 2, 16, 24, spec)
+    cu, xs = inputs([9, 14], 2, 2, 16, 24, spec)
     leaves = [x[0].to(DEVICE).requires_grad_() for x in xs[:-1]]
     arguments = (leaves, cu, 1, [float(getattr(spec, f.name)) for f in fields(spec)], 0.25, "triton", recompute)
     torch.library.opcheck(torch.ops.nsa_dist.attention.default, arguments)
