@@ -53,6 +53,12 @@ def add_bench(whats: Any, form: Any) -> None:
     kernels.add_argument(
         "--rivals", default="all", metavar="R,...", help="NSA of others: names, none, all importable"
     )
+    kernels.add_argument(
+        "--full", default="all", metavar="F,...", help="full attention: all, none, cudnn, fa2, flex, flash-attn"
+    )
+    kernels.add_argument(
+        "--recompute", action="store_true", help="also with the branches' outputs computed again in the backward"
+    )
     kernels.add_argument("--rows", type=Path, metavar="FILE", help="writes a JSON line for each measurement")
     kernels.add_argument("--chart", type=Path, metavar="FILE.png", help="draws time against length")
     kernels.add_argument("--draw", type=Path, metavar="ROWS", help="measures nothing: draws a file of rows (--chart)")
@@ -102,7 +108,10 @@ def _kernels(args: argparse.Namespace, console: Console) -> None:
         _check_heads(heads, groups)
         shapes += [Shape(t, heads, groups, dk, dv, dtype) for t in numbers("--tokens", args.tokens)]
     longest, rivals, say = numbers("--full-max", args.full_max, 1)[0], nsa_rivals(args.rivals), console.say
-    rows = read_rows(args.draw) if args.draw else bench_kernels(shapes, say, args.rows, args.parts, longest, rivals)
+    if args.draw:
+        rows = read_rows(args.draw)
+    else:
+        rows = bench_kernels(shapes, say, args.rows, args.parts, longest, rivals, args.full, args.recompute)
     if args.chart:
         draw(rows, args.chart)
 

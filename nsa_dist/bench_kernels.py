@@ -66,8 +66,13 @@ def bench_kernels(
     parts: bool,
     longest_full: int,
     rivals: list[Rival],
+    full: str = "all",
+    recompute: bool = False,
 ) -> list[Row]:
     """Measures every shape; each row is printed and written when it is known.
+
+    full: which full attentions, see `full_rivals`; none above `longest_full` tokens. recompute: also with the
+    branches' outputs computed again in the backward.
 
     Raises ConfigError where there is no GPU, for a file that can't be written, and where a rival has left the GPU
     unusable.
@@ -77,6 +82,10 @@ def bench_kernels(
             "bench kernels: no GPU here; needs one that torch sees (--draw draws rows of another machine)"
         )
     rows: list[Row] = []
+    whole = full_rivals(full)
+    ours = [Thing("nsa-dist", "all of NSA", _whole)]
+    if recompute:
+        ours.append(Thing("nsa-dist, recomputed", "all of NSA", partial(_whole, recompute=True)))
     try:
         out = rows_file.open("w") if rows_file else None
     except OSError as error:
@@ -90,7 +99,8 @@ def bench_kernels(
             f"{machine['device']}  T={shape.tokens}  {shape.heads}/{shape.groups} heads  {shape.dk}/{shape.dv}  "
             f"{shape.dtype}  matmul {rates.matmul / 1e12:.0f} TFLOP/s  copy {rates.copy / 1e12:.2f} TB/s"
         )
-        for row in _shape_rows(shape, rates, parts, longest_full, rivals):
+        others = [Thing(n, "full attention", make) for n, make in whole if shape.tokens <= longest_full]
+        for row in _shape_rows(shape, rates, parts, ours, others, rivals):
             row |= vars(shape) | machine
             rows.append(row)
             say(_line(row))
@@ -100,14 +110,16 @@ def bench_kernels(
     return rows
 
 
-def _shape_rows(shape: Shape, rates: Rates, parts: bool, longest_full: int, rivals: list[Rival]) -> Iterator[Row]:
+def _shape_rows(
+    shape: Shape, rates: Rates, parts: bool, ours: list[Thing], others: list[Thing], rivals: list[Rival]
+) -> Iterator[Row]:
     """Ours first: a rival that breaks the GPU's context costs no row but its own."""
-    yield from thing_rows(shape, rates, Thing("nsa-dist", "all of NSA", _whole))
+    for thing in ours:
+        yield from thing_rows(shape, rates, thing)
     if parts:
         yield from _branches(shape, rates)
-    if shape.tokens <= longest_full:
-        for name, make in full_rivals():
-            yield from thing_rows(shape, rates, Thing(name, "full attention", make))
+    for thing in others:
+        yield from thing_rows(shape, rates, thing)
     for rival in rivals:
         yield from thing_rows(shape, rates, Thing(rival.name, "all of NSA", rival.whole, rival.differs))
     for rival, name in itertools.product(rivals, SELECTIONS if parts else ()):
@@ -175,6 +187,7 @@ def thing_rows(shape: Shape, rates: Rates, thing: Thing) -> Iterator[Row]:
                 del want
         yield head | _measured("forward", took, peak, flop[0], rates)
         out = made.fn(*leaves)
+        head["io_bytes"] = 2 * sum(x.numel() * x.element_size() for x in (*leaves, out))  # gradients as large
         grad = torch.randn_like(out)
         took, peak = _peak(lambda: times(lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)))
         yield head | _measured("backward", took, peak, flop[1], rates)
@@ -210,9 +223,12 @@ def _line(row: Row) -> str:
     if "error" in row:
         return f"{head} {row['error']}"
     p20, p50, p80 = row["ms"]
+    peak = f"{row['peak_bytes'] / 2**30:6.2f} GiB"
+    if row.get("io_bytes"):
+        peak += f" ({row['peak_bytes'] / row['io_bytes']:.2f} of inputs, output, gradients)"
     share = f"{row['ideal_ms'] / p50:5.0%} of the roofline" if row["ideal_ms"] else ""
     error = f"  {row['error_to_ours']:.1%} from ours" if "error_to_ours" in row else ""
-    return f"{head} {p50:9.3f} ms ({p20:.3f} to {p80:.3f})  {row['peak_bytes'] / 2**30:6.2f} GiB  {share}{error}"
+    return f"{head} {p50:9.3f} ms ({p20:.3f} to {p80:.3f})  {peak}  {share}{error}"
 
 
 def _pairs(shape: Shape) -> dict[str, float]:
@@ -238,7 +254,7 @@ def _flop(shape: Shape, part: str) -> tuple[float, float]:
     return 2 * (shape.dk + shape.dv) * total, 2 * (3 * shape.dk + 2 * shape.dv) * total
 
 
-def _whole(shape: Shape) -> Made:
+def _whole(shape: Shape, recompute: bool = False) -> Made:
     """From q, k, v and gates to the output, the compression of keys and values included."""
     first = shape.first_rows()
 
@@ -250,7 +266,7 @@ def _whole(shape: Shape) -> Made:
 
     def attend(q: Tensor, gates: Tensor, k: Tensor, v: Tensor, *xs: Tensor) -> Tensor:
         k_cmp, v_cmp = (_compress(x, first, *w) for x, w in ((k, xs[4:9]), (v, xs[9:])))
-        return one_sequence(q, gates, [k_cmp, v_cmp, *xs[:4]])
+        return one_sequence(q, gates, [k_cmp, v_cmp, *xs[:4]], recompute)
 
     return Made(attend, [*nsa_inputs(shape), *weights(shape.dk), *weights(shape.dv)])
 

@@ -213,18 +213,26 @@ _NSA = [
 ]
 
 
-def full_rivals() -> list[tuple[str, Maker]]:
-    """Full causal attention by what is installed."""
+def full_rivals(wanted: str) -> list[tuple[str, Maker]]:
+    """Full causal attention by what is installed: `all`, `none`, or names of FULL, commas between.
+
+    Raises ConfigError for a name that isn't known, and for flash-attn where it isn't installed.
+    """
     from torch.nn.attention import SDPBackend
 
-    made: list[tuple[str, Maker]] = [
-        ("cuDNN (SDPA)", lambda shape: _sdpa(shape, SDPBackend.CUDNN_ATTENTION)),
-        ("FlashAttention-2 (SDPA)", lambda shape: _sdpa(shape, SDPBackend.FLASH_ATTENTION)),
-    ]
-    if importlib.util.find_spec("flash_attn"):
-        made.append(("flash-attn", _flash_attn))
-    made.append(("FlexAttention", _flex))
-    return made
+    made: dict[str, tuple[str, Maker]] = {
+        "cudnn": ("cuDNN (SDPA)", lambda shape: _sdpa(shape, SDPBackend.CUDNN_ATTENTION)),
+        "fa2": ("FlashAttention-2 (SDPA)", lambda shape: _sdpa(shape, SDPBackend.FLASH_ATTENTION)),
+        "flash-attn": ("flash-attn", _flash_attn),
+        "flex": ("FlexAttention", _flex),
+    }
+    if not importlib.util.find_spec("flash_attn"):
+        del made["flash-attn"]
+    names = {"all": list(made), "none": []}.get(wanted, wanted.split(","))
+    for name in names:
+        if name not in made:
+            raise ConfigError(f"--full {name}: must be all, none, or some of {', '.join(made)}")
+    return [made[name] for name in names]
 
 
 def _qkv(shape: Shape) -> list[Tensor]:
