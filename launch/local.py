@@ -10,7 +10,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from nsa_dist.console import Console
 from nsa_dist.launch.guard import __file__ as guard_file
 from nsa_dist.launch.settings import OBJECT_STORE_BYTES, RAY_SETTINGS
 from nsa_dist.process import choose_device, cores
+from nsa_dist.rundir import Resume
 from nsa_dist.session import session
 from nsa_dist.stop import stop_on_signal
 
@@ -31,28 +31,23 @@ def train_local(config: Config, console: Console) -> None:
 
     Raises ConfigError where that is known before they start, RunFailed when one of them fails.
     """
-    if has_auto(config):
-        device = choose_device(config.launch.device, 1)
-        config, why = choose_sizes(config, [cores() if device == "cpu" else torch.cuda.device_count()])
-        console.say(why)
-    world_size = config.parallel.dp * config.parallel.cp
-    device = choose_device(config.launch.device, world_size)
-    with session(config, console, world_size, device) as resume:
-        from nsa_dist.train import train
+    auto = has_auto(config)
+    device = choose_device(config.launch.device, 1 if auto else config.parallel.dp * config.parallel.cp)
+    places = cores() if device == "cpu" else torch.cuda.device_count()
+    sized, _ = choose_sizes(config, [places])  # raises for what can't be
+    world_size = sized.parallel.dp * sized.parallel.cp
+    with session(sized, console, world_size, device) as resume, stop_on_signal() as stop:
+        recover_local(config, resume, console, device, stop, max(world_size, places if auto else 0))
 
-        placed = replace(config, launch=replace(config.launch, device=device))
-        logs = Path(config.run.dir) / "logs"
-        with stop_on_signal() as stop:
-            run_local(
-                world_size,
-                train,
-                (placed, resume),
-                lambda rank, event: console.report(event),
-                logs,
-                device,
-                config.launch.timeout_s,
-                stop,
-            )
+
+def recover_local(
+    config: Config, resume: Resume, console: Console, device: str, stop: Callable[[], bool], places: int
+) -> None:
+    """recover.train_through, in a Ray of its own on this machine."""
+    with private_ray(places, places if device == "cuda" else 0):
+        from nsa_dist.launch.recover import train_through
+
+        train_through(config, resume, console, device, stop)
 
 
 def run_local(
@@ -64,12 +59,13 @@ def run_local(
     device: str = "cpu",
     timeout_s: float = 600,
     stop: Callable[[], bool] = lambda: False,
+    heartbeat_s: float = 0,
 ) -> list[Any]:
     """controller.run_workers, in a Ray of its own on this machine."""
     with private_ray(world_size, world_size if device == "cuda" else 0):
         from nsa_dist.launch.controller import run_workers
 
-        return run_workers(world_size, fn, args, on_report, logs, device, timeout_s, stop)
+        return run_workers(world_size, fn, args, on_report, logs, device, timeout_s, stop, heartbeat_s)
 
 
 @contextmanager

@@ -1,104 +1,136 @@
-"""One rank: a Ray actor that runs the given function in one thread and hands out its reports in another."""
+"""One rank: a process that the forker of its node has forked, which tells its host of its steps and its end."""
 
+import faulthandler
+import fcntl
 import os
 import pickle
-import queue
+import signal
 import socket
+import struct
 import sys
 import time
 import traceback
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
-
-from ray import cloudpickle
-
-from nsa_dist.stop import die_with_parent
 
 
 @dataclass(frozen=True)
 class Group:
-    """What a rank needs to join the process group. The store listens on `port` of this machine alone."""
+    """What a rank needs to join the process group.
+
+    store: address and port; address: this node's own, on whose interface the ranks connect with each other;
+    gpu: index among those of its host; neighbours: ranks on its machine; log: file for its output.
+    """
 
     rank: int
     world_size: int
-    port: int
+    store: tuple[str, int]
+    address: str
     device: str
+    gpu: int
+    neighbours: int
     timeout_s: float
+    log: str
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a rank ended: `result` (pickled), or `error` in one line and at which time (s, this machine's clock)."""
+    """How a rank ended: `result` (pickled), or `error` in one line and at which time (s, its machine's clock).
+
+    collective: the error tells of a connection to other ranks; not_finite: the step whose loss wasn't finite;
+    died: the process ended without a word.
+    """
 
     at: float
     result: bytes = b""
     error: str = ""
-    collective: bool = False  # the error tells of a connection to other ranks
+    collective: bool = False
     bad_input: bool = False
+    not_finite: int = 0
+    died: bool = False
 
 
-class Worker:
-    """The actor. `run`, `reports` and `stop` are called at the same time (max_concurrency=3)."""
+class Leaving:
+    """Notes that this process was sent SIGTERM: the machine is about to go."""
 
-    def __init__(self, log: str, threads: int) -> None:
-        die_with_parent()
-        _redirect_output(Path(log))
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # read when torch is imported, below
-        loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
-        # gloo and NCCL listen on the machine's outer address otherwise
-        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = loopback
-        self._threads = threads
-        self._stop = False
-        self._events: queue.SimpleQueue[dict[str, Any] | Outcome] = queue.SimpleQueue()
+    def __init__(self) -> None:
+        self.asked = False
+        signal.signal(signal.SIGTERM, self._note)
 
-    def run(self, group: Group, call: bytes) -> None:
-        """Runs the pickled (fn, args) as fn(*args, report=...); the outcome follows the last report."""
-        try:
-            outcome = Outcome(time.time(), result=self._run(group, call))
-        except BaseException as error:
-            from nsa_dist.process import describe, is_bad_input, is_collective_error
+    def _note(self, number: int, frame: object) -> None:
+        self.asked = True
 
-            traceback.print_exc()  # into the log
-            outcome = Outcome(
-                time.time(),
-                error=describe(error),
-                collective=is_collective_error(error),
-                bad_input=is_bad_input(error),
-            )
-        self._events.put(outcome)
 
-    def reports(self, wait_s: float) -> list[dict[str, Any] | Outcome]:
-        """What was reported since the last call, waiting for something for at most wait_s seconds."""
-        found = []
-        try:
-            found.append(self._events.get(timeout=wait_s))
-            while True:
-                found.append(self._events.get_nowait())
-        except queue.Empty:
-            return found
+def run_rank(group: Group, host: Connection, call: bytes) -> None:
+    """Runs the pickled (fn, args) as fn(*args, report=...) in the process group; the host gets the outcome last."""
+    leaving = Leaving()
+    _redirect_output(Path(group.log))
+    faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)  # where it hangs
 
-    def stop(self) -> None:
-        """From now on the function's reports are answered with True: it should end when it can."""
-        self._stop = True
+    stop = False
 
-    def _report(self, event: dict[str, Any]) -> bool:
-        self._events.put(event)
-        return self._stop
+    def report(event: dict[str, Any]) -> bool:
+        nonlocal stop
+        host.send(event)
+        while host.poll():
+            stop = host.recv() == "stop" or stop
+        if leaving.asked and not stop:
+            host.send({"kind": "leaving"})
+            stop = True
+        return stop
 
-    def _run(self, group: Group, call: bytes) -> bytes:
-        import torch
-        import torch.distributed as dist
+    try:
+        outcome = Outcome(time.time(), result=pickle.dumps(_run(group, call, report)))
+    except BaseException as error:
+        outcome = _failed(error)
+    host.send(outcome)
 
-        from nsa_dist.process import process_group
 
-        torch.set_num_threads(self._threads)  # OpenMP's setting belongs to the thread that runs the function
-        fn, args = cloudpickle.loads(call)
-        store = dist.TCPStore("127.0.0.1", group.port, timeout=timedelta(seconds=group.timeout_s))
-        with process_group(store, group.rank, group.world_size, group.device, 0, group.timeout_s):
-            result = fn(*args, report=self._report)
-        return pickle.dumps(result)
+def _run(group: Group, call: bytes, report: Any) -> Any:
+    import torch
+    import torch.distributed as dist
+
+    from nsa_dist.process import cores, process_group
+
+    # gloo and NCCL choose an interface by themselves otherwise
+    os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = interface(group.address)
+    torch.set_num_threads(max(1, cores() // group.neighbours))
+    fn, args = pickle.loads(call)
+    store = dist.TCPStore(*group.store, timeout=timedelta(seconds=group.timeout_s))
+    with process_group(store, group.rank, group.world_size, group.device, group.gpu, group.timeout_s):
+        return fn(*args, report=report)
+
+
+def _failed(error: BaseException) -> Outcome:
+    from nsa_dist.process import describe, is_bad_input, is_collective_error
+
+    traceback.print_exception(error)  # into the log
+    return Outcome(
+        time.time(),
+        error=describe(error),
+        collective=is_collective_error(error),
+        bad_input=is_bad_input(error),
+        not_finite=getattr(error, "not_finite", 0),
+    )
+
+
+def interface(address: str) -> str:
+    """The name of the network interface with this IPv4 address. Raises RuntimeError where there is none."""
+    siocgifaddr = 0x8915  # <linux/sockios.h>
+    if address.startswith("127."):
+        return next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(probe, siocgifaddr, struct.pack("256s", name.encode()))
+            except OSError:  # it has no IPv4 address
+                continue
+            if socket.inet_ntoa(answer[20:24]) == address:
+                return name
+    raise RuntimeError(f"no network interface of this machine has the address {address} that Ray knows it by")
 
 
 def _redirect_output(log: Path) -> None:

@@ -134,6 +134,9 @@ class LaunchConfig:
     backend: str = "ray"
     device: str = "auto"
     timeout_s: int = 600  # of a collective
+    heartbeat_s: int = 300  # a rank that has made no step for so long hangs; 0: not looked for
+    max_failures: int = 3  # starts again after so many failures without a new checkpoint between them
+    wait_s: int = 600  # for places, where a failure has left too few
 
 
 @dataclass
@@ -295,6 +298,7 @@ def check_config(config: Config) -> Config:
     zero_or_more = "model.value_dim model.ffn model.vocab_size data.epochs parallel.exchange_max_bytes"
     zero_or_more += " parallel.shard train.warmup_steps train.decay_steps train.checkpoint_every run.seed"
     zero_or_more += " train.validate_every train.validation_sequences train.clip train.weight_decay"
+    zero_or_more += " launch.heartbeat_s launch.max_failures launch.wait_s"
     for key in (zero_or_more + " data.shuffle_seed train.keep_checkpoints").split():
         _require(_get(config, key) >= 0, key, _get(config, key), "0 or more")
     for key, value in _integers(config):

@@ -8,6 +8,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -100,10 +101,16 @@ def open_run(config: Config) -> Resume:
         raise ConfigError(f"run.dir={run_dir}: holds a run; must be a new folder with run.resume=never")
     resume = own_checkpoints(config) if mode in ("auto", "never") else _from_path(config, Path(mode))
     run_dir.mkdir(parents=True, exist_ok=True)
+    write_config(config)
+    return resume
+
+
+def write_config(config: Config) -> None:
+    """The run's `config.yaml`, with the numbers of ranks that it has now."""
+    run_dir = Path(config.run.dir)
     temp = run_dir / f".{CONFIG}.tmp"
     OmegaConf.save(OmegaConf.structured(config), temp)
     temp.replace(run_dir / CONFIG)
-    return resume
 
 
 def own_checkpoints(config: Config) -> Resume:
@@ -123,12 +130,16 @@ def own_checkpoints(config: Config) -> Resume:
 
 
 def load_resume(
-    resume: Resume, run_dir: str | Path, state: dict[str, Tensor], group: dist.ProcessGroup | None = None
+    resume: Resume,
+    run_dir: str | Path,
+    state: dict[str, Tensor],
+    group: dist.ProcessGroup | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any] | None:
     """Loads the first whole checkpoint into `state` (see `checkpoint.load`), on all ranks together.
 
-    Returns its trainer's numbers; None where the run begins at its start. One that proves damaged is an event,
-    and the one before it is taken; raises CheckpointError if none is left, or for another model's.
+    Returns its trainer's numbers; None where the run begins at its start. One that proves damaged is told and is an
+    event, and the one before it is taken; raises CheckpointError if none is left, or for another model's.
     """
     for path in resume.checkpoints:
         try:
@@ -138,6 +149,7 @@ def load_resume(
         except CheckpointError as error:
             if path == resume.checkpoints[-1]:
                 raise
+            say(f"{error}; the checkpoint before it is taken")
             if not dist.is_initialized() or dist.get_rank(group) == 0:
                 event(run_dir, "checkpoint_skipped", path=str(path), reason=str(error))
     return None

@@ -4,10 +4,14 @@ torch.distributed must be initialised. Loss and gradients are means over all tok
 carry a label, whatever the number of ranks.
 """
 
+import json
 import math
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from nsa_dist.checkpoint import Checkpointer, restore_random, training_state
+from nsa_dist.checkpoint import Checkpointer, NotWrittenError, restore_random, training_state
 from nsa_dist.config import Config, ConfigError, nsa_spec
 from nsa_dist.data import IGNORED, Corpus, Packed, open_corpora
 from nsa_dist.kernels.packing import Ints, Packing
@@ -28,6 +32,7 @@ from nsa_dist.parallel.ledger import as_table, summarise
 from nsa_dist.parallel.mesh import Mesh, make_mesh
 from nsa_dist.parallel.parameters import clip_gradients, shard_parameters
 from nsa_dist.parallel.sequence import ShardedSequence
+from nsa_dist.process import is_collective_error
 from nsa_dist.rivals import DTYPES, RIVALS, grad_dtype, rival_tables
 from nsa_dist.rundir import Resume, event, fitting, load_resume
 
@@ -35,14 +40,22 @@ Report = Callable[[dict[str, Any]], bool | None]
 
 
 class TrainingError(RuntimeError):
-    """Training can't go on; the message is one line, the checkpoints are as they were."""
+    """Training can't go on; the message is one line, the checkpoints are as they were.
+
+    not_finite: the step whose batch made the loss or the gradient so; 0 where it is something else.
+    """
+
+    def __init__(self, text: str, not_finite: int = 0) -> None:
+        super().__init__(text)
+        self.not_finite = not_finite
 
 
-def train(config: Config, resume: Resume, report: Report) -> None:
-    """Trains to `train.steps`, or until it is asked to stop; ends with a checkpoint either way.
+def train(config: Config, resume: Resume, report: Report, skip: Collection[int] = ()) -> bool:
+    """Trains to `train.steps`, or until it is asked to stop; ends with a checkpoint either way. True: to the end.
 
-    launch.device must be `cpu` or `cuda` by now. report: called on every rank with {"kind": "beat", "step": n}
-    after a step, where it may return True: stop, all ranks together; on rank 0 also with {"kind": "step",
+    launch.device must be `cpu` or `cuda` by now. skip: steps whose batches are left out. report: called on every
+    rank with {"kind": "beat", "step": n} after a step, where it may return True: stop, all ranks together; with
+    {"kind": "busy", "what": …} before what takes longer than a step; on rank 0 also with {"kind": "step",
     "line": …} and {"kind": "say", "text": …}.
 
     Raises TrainingError for a loss or gradient that is not finite, ConfigError for a checkpoint that doesn't fit.
@@ -57,10 +70,24 @@ def train(config: Config, resume: Resume, report: Report) -> None:
 
     check_same(config)
 
+    def written() -> None:
+        """Waits for the checkpoint under way. One that could not be written is told: the next one is due anyway."""
+        try:
+            saver.wait()
+        except NotWrittenError as error:
+            if is_collective_error(error):  # a rank is gone
+                raise
+            say(f"warning: {error}; training goes on")
+            if first:
+                with suppress(OSError):  # the same full disk, perhaps
+                    event(config.run.dir, "checkpoint_failed", reason=str(error))
+
     def save(step: int) -> None:
+        report({"kind": "busy", "what": "checkpoint"})
         if any_rank(mesh, not all_finite(state), device):
             saver.wait()
             raise TrainingError(f"parameters after step {step}: must be finite; no checkpoint of them is written")
+        written()
         saver.save(step, state, numbers)
 
     corpus, held_out = open_corpora(config.data)
@@ -69,7 +96,7 @@ def train(config: Config, resume: Resume, report: Report) -> None:
     state = training_state(model, optimizer)
     saver = Checkpointer(config.run.dir, config.train.keep_checkpoints)
 
-    loaded = load_resume(resume, config.run.dir, state)
+    loaded = load_resume(resume, config.run.dir, state, say=say)
     start = 0
     if loaded:
         start = int(loaded["step"])
@@ -84,54 +111,59 @@ def train(config: Config, resume: Resume, report: Report) -> None:
         say(summary(config, model, corpus, start, steps))
     writer = MetricsWriter(config.run.dir, start, say) if first else None
     mesh.ledger.take()
-    asked = False
+    asked, done = False, start
 
-    for step in range(start + 1, steps + 1):
+    def one_step(step: int) -> dict[str, Any]:
+        """Takes a step; its line of metrics."""
         began = time.perf_counter()
-        if any_rank(mesh, asked, device):
-            say(f"stopping after step {step - 1}, as asked")
-            steps = step - 1
-            break
-        rate = learning_rate(config, step)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = learning_rate(config, step)
         batches = reader.training(corpus, step)
         loss, rivals = forward_backward(config, model, batches, mesh)
         norm = clip_gradients(model.parameters(), mesh, config.train.clip)
         if problem := not_finite(config, step, loss, norm, saved):
-            saver.wait()  # what is under way is whole, and stays
-            raise TrainingError(problem)
+            keep_evidence(config, step, loss, norm, model, mesh)
+            written()  # what is under way is whole, and stays
+            raise TrainingError(problem, step)
         optimizer.step()
         optimizer.zero_grad()
 
         comm = traffic_record(mesh, rivals)
         seconds = time.perf_counter() - began
         tokens = sum(batch.sequence.packing.tokens for batch in batches) * mesh.dp.size
-        record: dict[str, Any] = {
-            "step": step,
-            "loss": loss,
-            "grad_norm": norm,
-            "tokens": tokens,
-            "lr": rate,
-            "step_s": seconds,
-        }
-        record |= {"tokens_per_s": tokens / seconds, "memory_bytes": memory_bytes(), "comm": comm}
-        if held_out and config.train.validation_sequences and due(step, config.train.validate_every, steps):
-            record["validation"] = validate(config, model, reader.validation(held_out), mesh)
-        if writer:  # before the checkpoint: a run that goes on from it then lacks no line
-            writer.step(record)
-            if due(step, config.train.log_every, steps):
-                report({"kind": "step", "line": progress(record, steps, mesh.world.size)})
+        record: dict[str, Any] = {"step": step, "loss": loss, "grad_norm": norm, "tokens": tokens}
+        record |= {"lr": learning_rate(config, step), "step_s": seconds, "tokens_per_s": tokens / seconds}
+        return record | {"memory_bytes": memory_bytes(), "comm": comm}
+
+    report({"kind": "busy", "what": "first step", "step": start})
+    for step in range(start + 1, steps + 1):
+        if any_rank(mesh, asked, device):
+            say(f"stopping after step {step - 1}, as asked")
+            break
+        if step in skip:
+            say(f"step {step}: its batch is skipped, the loss wasn't finite with it")
+        else:
+            record = one_step(step)
+            if held_out and config.train.validation_sequences and due(step, config.train.validate_every, steps):
+                report({"kind": "busy", "what": "validation"})
+                record["validation"] = validate(config, model, reader.validation(held_out), mesh)
+            if writer:  # before the checkpoint: a run that goes on from it then lacks no line
+                writer.step(record)
+                if due(step, config.train.log_every, steps):
+                    report({"kind": "step", "line": progress(record, steps, mesh.world.size)})
+        done = step
         if due(step, config.train.checkpoint_every, steps):
             save(step)
             saved = step
         asked = bool(report({"kind": "beat", "step": step}))
 
-    if steps > saved:  # stopped between two checkpoints
-        save(steps)
+    if done > saved:  # stopped between two checkpoints
+        save(done)
+    report({"kind": "busy", "what": "checkpoint"})
     saver.wait()
     if writer:
         writer.close()
+    return done == steps
 
 
 def check_same(config: Config) -> None:
@@ -277,6 +309,26 @@ def not_finite(config: Config, step: int, loss: float, norm: float, saved: int) 
                 advice += f", in a new run.dir with run.resume={config.run.dir}/checkpoints/step-{saved}"
             return f"{name}={value} at step {step}: must be finite; {kept} ({advice})"
     return ""
+
+
+def keep_evidence(config: Config, step: int, loss: float, norm: float, model: Decoder, mesh: Mesh) -> None:
+    """Writes what this rank knows of a loss that isn't finite: `<run>/not-finite/step-N-rank-R.json`."""
+    local = ((n, p.grad) for n, p in model.named_parameters() if p.grad is not None)
+    parts = ((n, g.to_local() if isinstance(g, DTensor) else g) for n, g in local)
+    first = (step - 1) * config.data.batch_size
+    facts = {
+        "step": step,
+        "rank": mesh.world.rank,
+        "host": socket.gethostname(),
+        "loss": str(loss),
+        "grad_norm": str(norm),
+        "sequences": list(range(first + mesh.dp.rank, first + config.data.batch_size, mesh.dp.size)),
+        "gradients_not_finite": [n for n, g in parts if not bool(g.isfinite().all())],
+    }
+    folder = Path(config.run.dir) / "not-finite"
+    with suppress(OSError):
+        folder.mkdir(exist_ok=True)
+        (folder / f"step-{step}-rank-{mesh.world.rank}.json").write_text(json.dumps(facts, indent=1))
 
 
 def learning_rate(config: Config, step: int) -> float:

@@ -121,7 +121,7 @@ def test_first_cause_is_the_dead_rank_though_others_fail_and_hang(
         run_local(3, fn, (), ignore, tmp_path)
     assert caught.value.rank == 2
     assert str(caught.value) == (
-        f"rank 2: its process died (killed, out of memory, or crashed); see {tmp_path}/rank-2.txt"
+        f"rank 2: its process was killed by SIGKILL (out of memory, or by hand); see {tmp_path}/rank-2.txt"
     )
     assert "gloo" in (tmp_path / "rank-0.txt").read_text()
     assert capfd.readouterr() == ("", "")

@@ -75,7 +75,7 @@ def test_bad_input_is_one_line_before_any_worker_starts(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("nsa_dist.launch.local.run_local", None)  # to start a worker would be a TypeError
+    monkeypatch.setattr("nsa_dist.launch.local.recover_local", None)  # to start a worker would be a TypeError
     assert main([str(recipe) if word == "RECIPE" else word for word in words]) == 2
     told = capsys.readouterr().err
     assert told.startswith("nsa-dist: error: ") and told.count("\n") == 1
@@ -146,7 +146,7 @@ def test_a_failure_is_told_and_written_down(
     def fail(*args: object) -> None:
         raise RunFailed(1, "ValueError: too small", Path("rank-1.txt"), bad_input)
 
-    monkeypatch.setattr("nsa_dist.launch.local.run_local", fail)
+    monkeypatch.setattr("nsa_dist.launch.local.recover_local", fail)
     assert main(["train", str(recipe), f"run.dir={tmp_path}/run"]) == status
     told = "ValueError: too small" if bad_input else "rank 1: ValueError: too small; see rank-1.txt"
     assert capsys.readouterr().err == f"nsa-dist: error: {told}\n"
@@ -155,12 +155,12 @@ def test_a_failure_is_told_and_written_down(
 
 
 def workers(session: int) -> list[int]:
-    """Ray's workers among a session's processes."""
+    """The ranks, and the process they were forked from, among a session's processes."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # ended meanwhile
             its = int((path / "stat").read_text().rpartition(")")[2].split()[3])
-            if its == session and (path / "cmdline").read_bytes().startswith(b"ray::"):
+            if its == session and b"nsa_dist.launch.forker" in (path / "cmdline").read_bytes():
                 found.append(int(path.name))
     return found
 
@@ -218,7 +218,7 @@ def test_a_disk_that_is_full_is_one_line_and_hides_no_cause(
         monkeypatch.setattr("nsa_dist.session.event", full)
         raise RunFailed(0, "step-2: not written", Path("rank-0.txt"), is_bad_input(NotWrittenError("step-2")))
 
-    monkeypatch.setattr("nsa_dist.launch.local.run_local", fail)
+    monkeypatch.setattr("nsa_dist.launch.local.recover_local", fail)
     assert main(words) == 1
     out, err = capsys.readouterr()
     assert err == "nsa-dist: error: rank 0: step-2: not written; see rank-0.txt\n"

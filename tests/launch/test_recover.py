@@ -1,0 +1,205 @@
+"""Ranks killed and stopped, checkpoints damaged, as a user has it; losses that aren't finite; placement."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import nsa_dist.train as training
+from nsa_dist.config import Config, load_config
+from nsa_dist.console import Console
+from nsa_dist.data import prepare_all
+from nsa_dist.launch.local import private_ray
+from nsa_dist.metrics import read_metrics
+from nsa_dist.process import RunFailed
+from nsa_dist.rundir import Resume
+from tests.conftest import run_ranks
+
+TINY = """
+model: {layers: 1, width: 16, heads: 2, kv_heads: 1, head_dim: 8, ffn: 32}
+nsa: {compress_block: 8, compress_stride: 4, select_block: 16, select_count: 4, window: 16}
+data: {seq_len: 128, batch_size: 2}
+train: {steps: 40, warmup_steps: 3, checkpoint_every: 5, validate_every: 0, validation_sequences: 0}
+parallel: {cp: 2}
+launch: {device: cpu}
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recover")
+    (folder / "text.txt").write_text("a rank that is killed is started again; " * 2000)
+    (folder / "tiny.yaml").write_text(TINY)
+    return folder
+
+
+def configure(recipe: Path, run: Path, *words: str) -> tuple[Config, list[str]]:
+    words = (f"run.dir={run}", f"data.source={recipe}/text.txt", f"data.cache_dir={recipe}/cache", *words)
+    return load_config(str(recipe / "tiny.yaml"), list(words)), [str(recipe / "tiny.yaml"), *words]
+
+
+def undisturbed(recipe: Path, run: Path, skip: Collection[int] = ()) -> list[float]:
+    config, _ = configure(recipe, run)
+    prepare_all(config.data, lambda text: None)
+    run.mkdir(exist_ok=True)
+    run_ranks(2, train_all, config, skip)
+    return losses(run)
+
+
+def train_all(config: Config, skip: Collection[int]) -> None:
+    training.train(config, Resume((), True), lambda event: False, skip)
+
+
+def losses(run: Path) -> list[float]:
+    return [record["loss"] for record in read_metrics(run)]
+
+
+def events(run: Path, kind: str) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["kind"] == kind]
+
+
+def wait_until(true: Callable[[], bool], run: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 120
+    while not true():
+        assert run.poll() is None and time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_a_run_survives_a_killed_rank_a_damaged_checkpoint_and_a_hang(recipe: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    _, words = configure(recipe, run_dir, "launch.heartbeat_s=3")
+    run = subprocess.Popen(
+        [sys.executable, "-m", "nsa_dist", "train", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+    def strike(number: signal.Signals, step: int, damage: bool) -> None:
+        """After that many steps, to rank 1."""
+        path = run_dir / "metrics.jsonl"
+        wait_until(lambda: path.exists() and len(path.read_text().splitlines()) >= step, run)
+        pid = events(run_dir, "ranks")[-1]["ranks"][1]["pid"]
+        if damage:
+            os.kill(pid, signal.SIGSTOP)  # no further checkpoint
+            time.sleep(0.3)
+            newest = max(run_dir.glob("checkpoints/step-*"), key=lambda path: int(path.name[5:]))
+            file = newest / "__1_0.distcp"
+            data = bytearray(file.read_bytes())
+            data[len(data) // 2] ^= 1
+            file.write_bytes(data)
+        before = len(events(run_dir, "recovery"))
+        os.kill(pid, number)
+        wait_until(lambda: len(events(run_dir, "recovery")) > before, run)
+
+    try:
+        strike(signal.SIGKILL, 12, damage=True)
+        strike(signal.SIGSTOP, 22, damage=False)
+        out, _ = run.communicate(timeout=120)
+    finally:
+        run.kill()
+    assert run.returncode == 0, out
+    assert losses(run_dir) == undisturbed(recipe, tmp_path / "other")
+    killed, hung = events(run_dir, "recovery")
+    assert (killed["failure"], killed["rank"], hung["failure"], hung["rank"]) == ("killed", 1, "hang", 1)
+    (skipped,) = events(run_dir, "checkpoint_skipped")
+    assert "__1_0.distcp: damaged" in skipped["reason"] and skipped["reason"] in out
+    assert killed["from_step"] == int(Path(skipped["path"]).name[5:]) - 5
+    assert "rank 1 on 127.0.0.1, after step " in out and "doesn't answer (stopped" in out
+    assert "Traceback" not in out
+
+
+def train_with_nan(
+    bad: Collection[int], config: Config, resume: Resume, report: Any, skip: Collection[int] = ()
+) -> bool:
+    """The losses of these steps are not finite."""
+    steps, original = iter(range(1_000_000)), training.Reader.training
+
+    def reading(self: training.Reader, corpus: Any, step: int) -> Any:
+        nonlocal steps
+        steps = iter([step])
+        return original(self, corpus, step)
+
+    forward = training.forward_backward
+
+    def forward_backward(*args: Any) -> Any:
+        loss, rivals = forward(*args)
+        return (math.nan if next(steps) in bad else loss), rivals
+
+    training.Reader.training, training.forward_backward = reading, forward_backward  # type: ignore[method-assign]
+    return training.train(config, resume, report, skip)
+
+
+def test_a_batch_whose_loss_is_not_finite_is_skipped_once(recipe: Path, tmp_path: Path) -> None:
+    config, _ = configure(recipe, tmp_path / "run", "train.steps=12")
+    prepare_all(config.data, lambda text: None)
+    with private_ray(2, 0):  # before Ray is imported
+        from nsa_dist.launch.recover import train_through
+
+        for name, bad in (("run", {7}), ("bad", {7, 8})):
+            config = replace(config, run=replace(config.run, dir=str(tmp_path / name)))
+            (tmp_path / name).mkdir()
+            run = partial(
+                train_through, config, Resume((), True), Console(), "cpu", lambda: False, partial(train_with_nan, bad)
+            )
+            if name == "run":
+                run()
+            else:
+                with pytest.raises(RunFailed, match=r"rank \d: TrainingError: loss=nan at step 8: .*skipped already"):
+                    run()
+    assert [row["step"] for row in events(tmp_path / "run", "batch_skipped")] == [7]
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [*range(1, 7), *range(8, 13)]
+    evidence = json.loads((tmp_path / "run" / "not-finite" / "step-7-rank-0.json").read_text())
+    assert (evidence["loss"], evidence["sequences"]) == ("nan", [12, 13])
+    assert (tmp_path / "bad" / "not-finite" / "step-8-rank-1.json").exists()
+
+
+def test_groups_stay_inside_nodes_where_they_fit() -> None:
+    from nsa_dist.launch.placement import owners
+
+    assert owners([2, 2, 2], 3, 2) == [0, 0, 1, 1, 2, 2]
+    assert owners([3, 2, 1], 3, 2) == [0, 0, 1, 1, 0, 2]
+    assert owners([4, 4], 1, 4) == [0, 0, 0, 0]
+    assert owners([1, 4], 1, 4) == [1, 1, 1, 1]
+    assert owners([1, 1], 1, 2) == [0, 1]
+
+
+def test_a_step_of_the_usual_length_is_no_hang() -> None:
+    from nsa_dist.launch.watch import _Pulse
+
+    pulse = _Pulse(0.0)
+    assert pulse.limit(5, 600) == 605  # starting takes its time
+    pulse.take({"kind": "busy", "what": "first step", "step": 10}, 100.0)
+    pulse.take({"kind": "beat", "step": 11}, 104.0)
+    assert pulse.limit(5, 600) == 8
+    pulse.take({"kind": "busy", "what": "checkpoint"}, 105.0)
+    assert pulse.limit(5, 600) == 605
+    pulse.take({"kind": "beat", "step": 12}, 300.0)
+    assert pulse.limit(5, 600) == 8
+
+
+def test_the_rank_that_waits_for_nobody_is_named() -> None:
+    from nsa_dist.launch.watch import _guilty, _Pulse
+
+    def stack(file: str) -> str:
+        return (
+            f'Thread 0x1 (most recent call first):\n  File "/a/queue.py", line 1 in get\n\nCurrent thread 0x2 (most '
+            f'recent call first):\n  File "{file}", line 7 in f\n  File "/x/nsa_dist/train.py", line 9 in train\n'
+        )
+
+    pulses = {rank: _Pulse(float(rank), "", 3) for rank in range(3)}
+    waiting = stack("/x/torch/distributed/distributed_c10d.py")
+    assert _guilty({0: waiting, 1: stack("/x/nsa_dist/data.py"), 2: waiting}, pulses) == 1
+    assert _guilty({0: waiting, 1: waiting, 2: None}, pulses) == 2
