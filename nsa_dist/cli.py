@@ -47,6 +47,27 @@ examples:
   nsa-dist prepare my.yaml data.source=corpus.jsonl data.tokenizer=tokenizer.json"""
 
 
+_PLAN = {
+    "description": """\
+Without running it: bytes by kind, memory of a GPU by part, a step's time with what is hidden and exposed; and which
+choices of cp, dp, layout and checkpointing fit the cluster. Rates are those that are reached.""",
+    "epilog": """\
+examples:
+  nsa-dist plan my.yaml --gpus 64 --union 0.9
+  nsa-dist plan my.yaml data.seq_len=1048576 --gpus 1024 --trace picks.npz --json plan.json
+  nsa-dist plan my.yaml --run runs/short --cluster h100 --between-gb-s 20""",
+}
+_CLUSTER = {
+    "--gpus": "GPUs in all (dp x cp of the configuration; a node's where they are auto)",
+    "--per-node": "GPUs of a node",
+    "--memory-gb": "memory of a GPU",
+    "--tflops": "TFLOP/s of a GPU in matrix products",
+    "--attention-tflops": "TFLOP/s of a GPU in attention",
+    "--inside-gb-s": "GB/s that a GPU receives inside a node",
+    "--between-gb-s": "GB/s that a GPU receives from other nodes",
+}
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; its exit status. Errors are one line on stderr."""
     parser = _parser()
@@ -119,6 +140,16 @@ def _parser() -> argparse.ArgumentParser:
     report = command("report", _report, "prints what a run did and what it sent, against every rival")
     report.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run's folder (run.dir)")
     report.add_argument("--picture", type=Path, metavar="FILE.png", help="also draws losses and bytes received")
+    planner = command("plan", _plan, "predicts bytes, memory and time on a cluster", **_PLAN)
+    planner.add_argument("words", nargs="*", metavar="[CONFIG] key=value", help="as `train` takes them")
+    planner.add_argument("--cluster", default="h200", metavar="NAME", help="h200, h100, a100 or b200 (h200), with")
+    for flag, what in _CLUSTER.items():
+        planner.add_argument(flag, metavar="X", help=what)
+    planner.add_argument("--trace", type=Path, metavar="FILE", help="measured selections: .npz of picks or needs")
+    planner.add_argument("--run", type=Path, metavar="RUN_DIR", help="measured selections: a run's metrics")
+    planner.add_argument("--union", metavar="X", help="stated: share of the visible KV that a rank fetches")
+    planner.add_argument("--top", default="10", metavar="N", help="choices that are listed (10)")
+    planner.add_argument("--json", type=Path, metavar="FILE", help="writes it all, every choice too")
     bench = command("bench", _bench, "measures kernels and exchanges against their rivals")
     add_bench(bench.add_subparsers(title="what", metavar="WHAT", required=True), raw)
     add_commands(command, _load)
@@ -164,6 +195,26 @@ def _report(args: argparse.Namespace) -> None:
     from nsa_dist.report import report
 
     report(args.run_dir, Console().say, args.picture)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from nsa_dist.auto import has_auto
+    from nsa_dist.bench_cli import numbers
+    from nsa_dist.cluster import make_cluster
+    from nsa_dist.errors import ConfigError
+    from nsa_dist.plan_text import plan
+
+    config = _load(args.words)
+    fields = {flag: flag[2:].replace("-", "_") for flag in _CLUSTER}
+    given = {field: getattr(args, field) for field in fields.values() if getattr(args, field) is not None}
+    if not has_auto(config):
+        given = {"gpus": str(config.parallel.dp * config.parallel.cp)} | given
+    cluster = make_cluster(args.cluster, given)
+    try:
+        union = None if args.union is None else float(args.union)
+    except ValueError:
+        raise ConfigError(f"--union {args.union}: must be a share above 0, at most 1") from None
+    plan(config, cluster, (args.trace, args.run, union), args.json, numbers("--top", args.top, 1)[0], Console().say)
 
 
 def _load(words: list[str]) -> Any:

@@ -53,29 +53,49 @@ def imbalance(seconds_P: Floats) -> float:
     return float(seconds_P.max()) / mean if mean > 0 else 1.0
 
 
-def token_flops(packing: Packing, sizes: Sizes, kinds: Sequence[str], dense_flops: float) -> Floats:
-    """[T]: operations for each token, forward and backward, in layers of these kinds (`nsa`, `full`, `window`).
+def branch_flops(packing: Packing, sizes: Sizes) -> dict[str, Floats]:
+    """[T] each: operations for each token, forward and backward, of one layer's branches (`compressed` with the
+    scores, `selected`, `window`) and of `full` attention.
 
-    dense_flops: of a token in all that isn't attention, forward and backward: about 6 for each parameter. The
-    backward of attention is 2.5 times its forward (FlashAttention-2, arXiv 2307.08691, section 4).
+    The backward is 2.5 times the forward (FlashAttention-2, arXiv 2307.08691, section 4).
     """
     tokens, spec = np.arange(packing.tokens), packing.spec
-    seen = packing.position(tokens) + 1
-    window = np.minimum(seen, spec.window)
+    seen = packing.position(tokens) + 1.0
     first, end = packing.visible_compressed(tokens)
     partly = (seen - 1) % spec.select_block + 1
     selected = np.minimum(seen, (spec.select_count - 1) * spec.select_block + partly)
     pair = 3.5 * 2 * sizes.heads * (sizes.dk + sizes.dv)
     scores = 2 * sizes.heads * sizes.dk  # the selection computes the products once more
-    layer = {
-        "nsa": pair * (end - first + selected + window) + scores * (end - first),
+    return {
+        "compressed": (pair + scores) * (end - first),
+        "selected": pair * selected,
+        "window": pair * np.minimum(seen, spec.window),
         "full": pair * seen,
-        "window": pair * window,
+    }
+
+
+def token_flops(packing: Packing, sizes: Sizes, kinds: Sequence[str], dense_flops: float) -> Floats:
+    """[T]: operations for each token, forward and backward, in layers of these kinds (`nsa`, `full`, `window`).
+
+    dense_flops: of a token in all that isn't attention, forward and backward: about 6 for each parameter.
+    """
+    of = branch_flops(packing, sizes)
+    layer = {
+        "nsa": of["compressed"] + of["selected"] + of["window"],
+        "full": of["full"],
+        "window": of["window"],
     }
     total = np.full(packing.tokens, dense_flops, np.float64)
     for kind in set(kinds):
         total += kinds.count(kind) * layer[kind]
     return total
+
+
+def by_rank(x_T: Floats, layout: Layout) -> Floats:
+    """[P]: the sum of a token's figures over each rank's tokens."""
+    total = np.concatenate([[0.0], np.cumsum(x_T)])
+    of_segment = total[layout.cuts[1:]] - total[layout.cuts[:-1]]
+    return np.bincount(layout.owner, of_segment, minlength=layout.ranks).astype(np.float64)
 
 
 def received_bytes(
@@ -123,9 +143,7 @@ def predict(
     kind: str = "given",
 ) -> Prediction:
     """What a step under a layout costs each rank."""
-    work = np.concatenate([[0.0], np.cumsum(token_flops(packing, sizes, kinds, dense_flops))])
-    of_segment = work[layout.cuts[1:]] - work[layout.cuts[:-1]]
-    compute = np.bincount(layout.owner, of_segment, minlength=layout.ranks) / machine.flops_per_s
+    compute = by_rank(token_flops(packing, sizes, kinds, dense_flops), layout) / machine.flops_per_s
     received = received_bytes(packing, layout, sizes, kinds, selected_share) / machine.bytes_per_s
     return Prediction(kind, layout, compute, received)
 

@@ -43,6 +43,11 @@ class TrafficModel:
         self.causal = needs.causal(layout, packing)
 
     @cached_property
+    def rows(self) -> Ints:
+        """[P]: tokens that each rank holds."""
+        return self._counts(self.layout)
+
+    @cached_property
     def pieces(self) -> Pieces:
         return make_pieces(self.layout, self.packing, self.causal)
 
@@ -100,7 +105,7 @@ class TrafficModel:
         return np.rint(self.causal_counts * self.sizes.groups * share_P[:, None]).astype(np.int64)
 
     def _every_row(self) -> Ints:
-        counts = np.repeat(self._counts(self.layout)[None], self.layout.ranks, axis=0)
+        counts = np.repeat(self.rows[None], self.layout.ranks, axis=0)
         np.fill_diagonal(counts, 0)
         return counts
 
@@ -136,7 +141,7 @@ class TrafficModel:
 
     def _ring(self) -> Traffic:
         ranks, kv = self.layout.ranks, self.sizes.kv
-        rows, rank = self._counts(self.layout), np.arange(self.layout.ranks)
+        rows, rank = self.rows, np.arange(self.layout.ranks)
         element, grad = self.sizes.element_bytes, self.sizes.grad_bytes
 
         def round_(bytes_P: Ints) -> Ints:
@@ -152,7 +157,7 @@ class TrafficModel:
     def _ulysses(self, branches: int) -> Traffic:
         """q, output and, for NSA (`branches` of token KV), gates and compressed KV; for full attention one KV."""
         sizes, ranks = self.sizes, self.layout.ranks
-        tokens, compressed = self._counts(self.layout), self._counts(self.layout.mapped(self.packing.cmp_start))
+        tokens, compressed = self.rows, self._counts(self.layout.mapped(self.packing.cmp_start))
         width = sizes.heads * sizes.dk + sizes.kv * max(branches, 1) + (3 * sizes.heads if branches else 0)
         there = tokens * width + compressed * (sizes.kv if branches else 0)
         back = tokens * sizes.heads * sizes.dv
