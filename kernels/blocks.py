@@ -130,12 +130,6 @@ def _slot_rows(first_query, queries, heads, groups, count, g, R: tl.constexpr, B
 
 
 @triton.jit
-def _slot(i, count):
-    """Where a query's i-th pick of those that may be shared stands: the first, the last two."""
-    return tl.where(i == 0, 0, count - 3 + i)
-
-
-@triton.jit
 def _held(picks_ptr, begin_ptr, end_ptr, at, here, blocks, g):
     """Where a pick is a block of which the buffer has rows."""
     block = tl.load(picks_ptr + at, mask=here, other=-1)
@@ -146,45 +140,18 @@ def _held(picks_ptr, begin_ptr, end_ptr, at, here, blocks, g):
 
 @triton.jit
 def merge_kernel(
-    part_o_ptr, part_lse_ptr, picks_ptr, begin_ptr, end_ptr, o_ptr, lse_ptr, q_ptr, k_ptr, v_ptr, token_q_ptr,
-    token_k_ptr, shared_ptr, first_query, queries, heads, groups, blocks, count, k_row, v_row, scale,
-    R: tl.constexpr, DK: tl.constexpr, DK1: tl.constexpr, DK2: tl.constexpr,
-    DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    SHARE: tl.constexpr, PREC: tl.constexpr,
+    part_o_ptr, part_lse_ptr, picks_ptr, begin_ptr, end_ptr, o_ptr, lse_ptr, first_query, queries, heads, groups,
+    blocks, count,
+    R: tl.constexpr, DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """A query's output: over the blocks that the tile's queries share, here; then those over its others, in the
-    order of its picks."""
+    """A query's output from those over its blocks, in the order of its picks."""
     g = tl.program_id(1)
     here, row, pick, partial = _slot_rows(first_query, queries, heads, groups, count, g, R, BM)
     o1, o2 = zeros_two(BM, DV1, DV2)
     top = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
-    shared = 0
-    if SHARE:
-        tile = first_query * R // BM + tl.program_id(0)
-        shared = tl.load(shared_ptr + tile * groups + g)
-    if shared != 0:
-        s_M = first_query + (tl.program_id(0) * BM + tl.arange(0, BM)) // R
-        token_M = tl.load(token_q_ptr + s_M, mask=here, other=-1).to(tl.int32)
-        q1, q2 = load_two(q_ptr, row * DK, here, DK, DK1, DK2)
-        first_pick = ((first_query + tl.program_id(0) * (BM // R)).to(tl.int64) * groups + g) * count
-        for i in range(3):
-            taken = (shared >> i) & 1 != 0
-            block = tl.load(picks_ptr + first_pick + _slot(i, count), mask=taken, other=0)
-            begin = tl.load(begin_ptr + g * blocks + block, mask=taken, other=0).to(tl.int32)
-            end = tl.load(end_ptr + g * blocks + block, mask=taken, other=0).to(tl.int32)
-            for n0 in range(begin, end, BN):
-                n = n0 + tl.arange(0, BN)
-                k1, k2 = load_two(k_ptr, n.to(tl.int64) * k_row, n < end, DK, DK1, DK2)
-                v1, v2 = load_two(v_ptr, n.to(tl.int64) * v_row, n < end, DV, DV1, DV2)
-                token_N = tl.load(token_k_ptr + n, mask=n < end, other=2147483647).to(tl.int32)
-                s = products(q1, q2, k1, k2, DK2, PREC) * (scale * LOG2E)
-                s = tl.where(token_N[None, :] <= token_M[:, None], s, float("-inf"))
-                o1, o2, top, total = softmax_step(s, v1, v2, o1, o2, top, total, True, DV2, PREC)
     for slot in range(count):
-        bit = tl.where(slot == 0, 1, tl.where(slot == count - 2, 2, tl.where(slot == count - 1, 4, 0)))
-        others = here & (tl.full([BM], 0, tl.int32) == (shared & bit))
-        held = _held(picks_ptr, begin_ptr, end_ptr, pick + slot, others, blocks, g)
+        held = _held(picks_ptr, begin_ptr, end_ptr, pick + slot, here, blocks, g)
         lse2 = tl.load(part_lse_ptr + partial + slot * R, mask=held, other=float("-inf")) * LOG2E
         above = tl.maximum(top, lse2)
         safe = tl.where(above == float("-inf"), 0.0, above)
@@ -326,24 +293,8 @@ class Work:
     splits: int
 
 
-def shared_slots(picks_SGn: Tensor, queries: int) -> tuple[Tensor, Tensor]:
-    """Picks that all of a tile's `queries` neighbours have, the first one and the last two, as the forced blocks of
-    NSA are: bits [tiles, G] int32 of the three, and which picks they are [S, G, n]."""
-    s, groups, n = picks_SGn.shape
-    ends = torch.stack([picks_SGn[..., i] for i in (0, n - 2, n - 1)], dim=-1)
-    tiles = -(-s // queries)
-    padded = torch.cat([ends, ends[-1:].expand(tiles * queries - s, -1, -1)]).view(tiles, queries, groups, 3)
-    same = (padded == padded[:, :1]).all(1) & (padded[:, 0] >= 0)
-    bits = (same.int() << torch.arange(3, device=same.device, dtype=torch.int32)).sum(-1, dtype=torch.int32)
-    which = torch.zeros(s, groups, n, dtype=torch.bool, device=same.device)
-    of_query = same.repeat_interleave(queries, 0)[:s]
-    for i, slot in enumerate((0, n - 2, n - 1)):
-        which[..., slot] = of_query[..., i]
-    return bits, which
-
-
-def make_work(picks_SGn: Tensor, index: BlockIndex, chunk: int, width: int, but: Tensor | None = None) -> Work:
-    """`but` [S, G, n]: picks that are left out. Raises ValueError where the numbers need more than 32 bits."""
+def make_work(picks_SGn: Tensor, index: BlockIndex, chunk: int, width: int) -> Work:
+    """Raises ValueError where the numbers need more than 32 bits."""
     (s, groups, n), blocks = picks_SGn.shape, index.begin_GB.shape[1]
     segments, chunks, device = groups * blocks, -(-s // chunk), picks_SGn.device
     if max(chunks * segments, picks_SGn.numel()) >= 2**31:
@@ -355,8 +306,6 @@ def make_work(picks_SGn: Tensor, index: BlockIndex, chunk: int, width: int, but:
     block = picks_SGn + head
     held = (index.end_GB > index.begin_GB).flatten()
     here = held[block.masked_fill(picks_SGn < 0, 0)] & (picks_SGn >= 0)
-    if but is not None:
-        here &= ~but
     block += (torch.arange(s, device=device, dtype=torch.int32) // chunk * segments)[:, None, None]
     key, order = block.masked_fill_(~here, chunks * segments).flatten().sort(stable=True)
     edges = torch.arange(chunks * segments + 1, device=device, dtype=torch.int32)
@@ -391,18 +340,13 @@ def selected_forward(
     o, lse = q.new_empty(s, h, dv), q.new_empty(s, h, dtype=torch.float32)
     if s == 0 or index.longest == 0:  # no row: no grid either
         return o.zero_(), lse.fill_(-torch.inf)
-    r = h // groups
-    sizes, meta, _ = _launch("block_forward", q, dk, dv, r)
-    chunk = _chunk(q, h * count * dv)
-    merge = tuned("merge", q, dk, dv)
-    share = _shares(q, r, count, chunk, merge["BM"])
-    bits, but = shared_slots(picks, merge["BM"] // r) if share else (None, None)
-    work = make_work(picks, index, chunk, _item_width(r, meta["BM"]), but)
+    sizes, meta, tile = _launch("block_forward", q, dk, dv, h // groups)
+    work = make_work(picks, index, _chunk(q, h * count * dv), _item_width(h // groups, meta["BM"]))
     blocks = index.begin_GB.shape[1]
-    part_o = q.new_empty(work.chunk * groups * count * r, dv)
+    part_o = q.new_empty(work.chunk * groups * count * (h // groups), dv)
     part_lse = q.new_empty(len(part_o), dtype=torch.float32)
     edges = index.begin_GB, index.end_GB
-    by_gluon = _by_gluon(q, k, v, r, index.longest)
+    by_gluon = _by_gluon(q, k, v, h // groups, index.longest)
     count_launch("block_forward")
     for chunk, first in enumerate(range(0, s, work.chunk)):
         where = (token_S, index.token_N, *edges, work.order, work.start, work.item_start, work.segment)
@@ -410,7 +354,7 @@ def selected_forward(
         if by_gluon:
             from nsa_dist.kernels import hopper_blocks
 
-            descriptors, constants = hopper_blocks.arguments(q, k, v, r)
+            descriptors, constants = hopper_blocks.arguments(q, k, v, h // groups)
             hopper_blocks.block_forward_kernel[(work.items,)](
                 *descriptors, *where, part_o, part_lse, *which, scale,
                 WIDTH=work.width, num_warps=4, **constants)  # fmt: skip
@@ -419,10 +363,9 @@ def selected_forward(
                 q, k, v, *where, part_o, part_lse, *which, k.stride(0), v.stride(0), scale,
                 ONCE=index.longest <= meta["BN"], WIDTH=work.width, **sizes, **meta)  # fmt: skip
         queries = min(work.chunk, s - first)
-        merge_kernel[(triton.cdiv(queries * r, merge["BM"]), groups)](
-            part_o, part_lse, picks, *edges, o, lse, q, k, v, token_S, index.token_N, bits, first, queries, h,
-            groups, blocks, count, k.stride(0), v.stride(0), scale,
-            R=r, SHARE=share, PREC=precision(q), **head_sizes(dk, dv), **merge)  # fmt: skip
+        merge_kernel[(triton.cdiv(queries * (h // groups), tile), groups)](
+            part_o, part_lse, picks, *edges, o, lse, first, queries, h, groups, blocks, count,
+            R=h // groups, BM=tile, **pieces("V", dv))  # fmt: skip
     return o, lse
 
 
@@ -472,12 +415,6 @@ def selected_backward(
             part_dq, picks, *edges, dq, first, queries, h, groups, blocks, count,
             R=h // groups, BM=tile, ADD=dq_SHD is not None, **pieces("K", dk))  # fmt: skip
     return dq, d_k, d_v
-
-
-def _shares(q: Tensor, r: int, count: int, chunk: int, rows: int) -> bool:
-    """Whether a merging tile of so many rows computes what its queries share: whole queries of one chunk."""
-    fits = q.element_size() == 2 or target(q.device) == "interpreter"
-    return fits and count > 2 and rows % r == 0 and chunk % (rows // r) == 0
 
 
 def _by_gluon(q: Tensor, k_ND: Tensor, v_ND: Tensor, r: int, longest: int) -> bool:
