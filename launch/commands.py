@@ -59,6 +59,7 @@ def add_job_command(commands: Any) -> None:
     """What a submitted job runs in the cluster; help doesn't list it."""
     parser = commands.add_parser("job")
     parser.add_argument("--child", action="store_true")
+    parser.add_argument("--again", action="store_true")
     parser.set_defaults(command=_job)
 
 
@@ -146,7 +147,7 @@ def _job(args: argparse.Namespace) -> None:
     from nsa_dist.launch.driver import drive, supervise
 
     if args.child:
-        drive()
+        drive(args.again)
     else:
         raise SystemExit(supervise())
 

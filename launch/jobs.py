@@ -70,8 +70,8 @@ class Jobs:
         token = noted.token if noted and self.on_this_machine else _token()
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self.ray_version = self._get("/api/version")["ray_version"]
-        logging.getLogger("ray").setLevel(logging.ERROR)  # it tells of each upload
         self._client = JobSubmissionClient(self.address, headers=self._headers)
+        logging.getLogger("ray.dashboard").setLevel(logging.ERROR)  # it tells of each upload
 
     def asks_for_token(self) -> bool:
         """Whether the cluster turns away who brings none."""

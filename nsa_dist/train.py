@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from nsa_dist.checkpoint import Checkpointer, NotWrittenError, restore_random, training_state
 from nsa_dist.config import Config, ConfigError, nsa_spec
-from nsa_dist.data import IGNORED, Corpus, Packed, open_corpora
+from nsa_dist.data import IGNORED, Corpus, Packed, prepare_all
 from nsa_dist.kernels.packing import Ints, Packing
 from nsa_dist.metrics import MetricsWriter, memory_bytes, progress
 from nsa_dist.model import Decoder
@@ -90,7 +90,7 @@ def train(config: Config, resume: Resume, report: Report, skip: Collection[int] 
         written()
         saver.save(step, state, numbers)
 
-    corpus, held_out = open_corpora(config.data)
+    corpus, held_out = prepare_all(config.data, say)  # on a node that the launcher isn't on
     reader = Reader(config, mesh, device)
     model, optimizer = build(config, corpus.vocab_size, mesh, device)
     state = training_state(model, optimizer)
