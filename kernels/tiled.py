@@ -47,11 +47,13 @@ class Ranges:
     def seen_by(self, rows: int) -> tuple[Tensor, Tensor]:
         """For each of the buffer's rows the queries [first, end) among which are those that see it, on the device.
 
-        lo and hi never fall from one query to the next.
+        lo and hi never fall from one query to the next, and so don't first and end from one row to the next: a
+        tile of rows is seen by the queries from its first row's `first` to its last row's `end`. Rows that nobody
+        sees may follow the last that is seen (compressed tokens that end on the next rank).
         """
         if rows not in self._seen_by:
             begin, end = self._seen
-            parts = np.full(rows, len(self.lo)), np.zeros(rows, np.int64)
+            parts = np.full(rows, len(self.lo)), np.full(rows, len(self.lo))
             parts[0][: len(begin)], parts[1][: len(end)] = begin[:rows], end[:rows]
             first, last = (torch.from_numpy(x).to(self.lo_S.device) for x in parts)
             self._seen_by[rows] = first, last
