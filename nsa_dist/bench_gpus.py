@@ -147,8 +147,8 @@ def _all(bench: Bench, sizes: Sizes, counts: list[int]) -> None:
     most, others = counts[-1], counts[1:-1]
     shape, first = sizes.shapes[0], sizes.lengths[0]
     with bench.section("One device: what the others are held against", 0.2):
-        wanted = {dtype: _model(bench, 1, sizes, dtype, "contiguous", "nsa") for dtype in BOUNDS}
         memory = (bench.call(1, "memory", device_bytes) or [0])[0]
+        wanted = {dtype: _model(bench, 1, sizes, dtype, "contiguous", "nsa") for dtype in BOUNDS}
         for selection, tokens in (("trained", first), ("random", sizes.lengths[1])):
             _layer(bench, _case("nsa", 1, selection, tokens, fitting(shape, tokens, 1, memory)))
         longest = sizes.lengths[-1]
