@@ -5,7 +5,6 @@ gates [S, H, 3]. Other exchanges and full attention are in `rivals/`.
 """
 
 from collections.abc import Sequence
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -16,10 +15,12 @@ from nsa_dist.kernels.branch import BranchGrad
 from nsa_dist.kernels.combine import merge
 from nsa_dist.kernels.full import ungated
 from nsa_dist.kernels.implementations import implementation
-from nsa_dist.kernels.selected import BlockIndex, block_index, head_rows
-from nsa_dist.parallel.exchange import Pending, add_returned, all_gather, return_rows, send_rows
+from nsa_dist.kernels.selected import head_rows
+from nsa_dist.parallel import block_plan
+from nsa_dist.parallel.block_plan import BlockPlan, Wanted
+from nsa_dist.parallel.exchange import Pending, all_gather
+from nsa_dist.parallel.fetch import Fetch, Returning
 from nsa_dist.parallel.operator import Operation
-from nsa_dist.parallel.plan import BlockPlan, Bools, block_plan, dense_pieces, piece_rounds, selected_pieces
 from nsa_dist.parallel.sequence import Gather, ShardedSequence
 
 
@@ -64,9 +65,9 @@ class NSAExchange(Operation):
         own = seq.local_blocks(k_slc.shape[1])
         o_slc, lse_slc = local.selected_forward(q, *rows, picks, seq.token_S, own, scale)
         bits = sent_bits.wait().cpu()
-        rounds = self._rounds(bits, k_slc, v_slc)
+        rounds = [Fetch(seq, plan) for plan in self._plans(bits, k_slc, v_slc)]
         for fetch in rounds:
-            fetched = fetch.start(k_slc, v_slc, "selected", "forward").wait()
+            fetched = fetch.start(torch.cat(rows, dim=-1), "selected", "forward").wait()
             buffer = fetch.rows(fetched, k_slc.shape[2])
             part = local.selected_forward(q, *buffer, picks, seq.token_S, fetch.index, scale)
             o_slc, lse_slc = merge(o_slc, lse_slc, *part)
@@ -95,9 +96,10 @@ class NSAExchange(Operation):
         own_slc, returned = self._selected_backward(slc, inputs, picks, bits, kept, dq)
         home_cmp = unpack(seq.compressed.finish(own_cmp, sent_cmp), k_cmp, v_cmp)
         home_win = unpack(seq.window_halo.finish(own_win, sent_win), k_win, v_win)
-        for fetch, pending in returned:
-            add_returned(seq.axis, own_slc.flatten(0, 1), pending.wait(), fetch.plan.rows)
-        home_slc = own_slc.split([k_slc.shape[2], v_slc.shape[2]], dim=-1)
+        for returning in returned:
+            returning.add_to(own_slc)
+        by_token = own_slc.view(k_slc.shape[1], len(k_slc), own_slc.shape[1]).transpose(0, 1)
+        home_slc = by_token.split([k_slc.shape[2], v_slc.shape[2]], dim=-1)
         return [dq, *home_cmp, *home_slc, *home_win, d_gates]
 
     def _selected_backward(
@@ -108,22 +110,23 @@ class NSAExchange(Operation):
         bits: Tensor,
         kept: Tensor,
         dq: Tensor,
-    ) -> tuple[Tensor, list[tuple["Fetch", Pending]]]:
-        """Adds to dq; the own part of dk and dv [S, G, Dk + Dv], and the gradients on their way home."""
+    ) -> tuple[Tensor, list[Returning]]:
+        """Adds to dq; the own part of dk and dv [G * S, Dk + Dv], and the gradients on their way home."""
         q, k, v = inputs[0], *inputs[3:5]
-        seq, groups, local = self.sequence, k.shape[1], implementation(q)
+        seq, local = self.sequence, implementation(q)
         rows = head_rows(k), head_rows(v)
-        rounds = self._rounds(bits, k, v)
+        rounds = [Fetch(seq, plan) for plan in self._plans(bits, k, v, last=True)]
         returned = []
         for fetch in rounds:
-            fetched = kept if len(rounds) == 1 else fetch.start(k, v, "refetch", "backward").wait()
+            fetched = kept
+            if len(rounds) > 1:
+                fetched = fetch.start(torch.cat(rows, dim=-1), "refetch", "backward").wait()
             buffer = fetch.rows(fetched, k.shape[2])
             _, *d_rows = local.selected_backward(branch, q, *buffer, picks, seq.token_S, fetch.index, self.scale, dq)
-            returned.append((fetch, fetch.start_return(*d_rows)))
-        index = seq.local_blocks(groups)
+            returned.append(fetch.start_return(*d_rows))
+        index = seq.local_blocks(k.shape[1])
         _, *d_rows = local.selected_backward(branch, q, *rows, picks, seq.token_S, index, self.scale, dq)
-        own = torch.cat(d_rows, dim=-1).view(groups, len(k), k.shape[2] + v.shape[2]).transpose(0, 1).contiguous()
-        return own, returned
+        return torch.cat(d_rows, dim=-1), returned
 
     def _start_bitmaps(self, picks: Tensor) -> Pending:
         """Starts gathering [P, G, ceil(NB / 8)] bits (numpy's order): which blocks a rank's queries selected."""
@@ -132,20 +135,35 @@ class NSAExchange(Operation):
             return Pending(None, picks.new_empty(0, dtype=torch.uint8), lambda seconds: None)
         return all_gather(seq.axis, block_bits(picks, seq.packing.blocks), "bitmap", "forward")
 
-    def _rounds(self, bits: Tensor, k: Tensor, v: Tensor) -> list["Fetch"]:
-        """The exchange, in as many rounds as the bound needs: a pure function of bitmaps and layout."""
-        need = self.needed(bits, k.shape[1])
-        row_bytes = (k.shape[2] + v.shape[2]) * k.element_size()
-        rounds = piece_rounds(self.sequence.pieces, need, self.max_bytes // row_bytes)
-        return [Fetch(self.sequence, need_PGN) for need_PGN in rounds]
+    def _plans(self, bits: Tensor, k: Tensor, v: Tensor, last: bool = False) -> list[BlockPlan]:
+        """This rank's side of the exchange, in as many rounds as the bound needs: a pure function of bitmaps and
+        layout. What the forward made is kept for the backward (`last`)."""
+        plans = self.sequence.plans
+        key = self.exchange, self.max_bytes, k.shape[1:], v.shape[2], bits.untyped_storage().data_ptr()
+        if key not in plans:
+            plans[key] = bits, self._make_plans(bits, k, v)  # the storage is held: no other has its address
+        found = plans[key][1]
+        if last and self.exchange == "nsa":
+            del plans[key]
+        return found
 
-    def needed(self, bits: Tensor, groups: int) -> Bools:
-        """[P, G, pieces] that each rank fetches."""
+    def _make_plans(self, bits: Tensor, k: Tensor, v: Tensor) -> list[BlockPlan]:
+        seq, row_bytes = self.sequence, (k.shape[2] + v.shape[2]) * k.element_size()
+        wanted = [self.wanted(bits, k.shape[1])]
+        if self.max_bytes:
+            need = block_plan.whole(wanted[0], seq.pieces)
+            rounds = block_plan.piece_rounds(seq.pieces, need, self.max_bytes // row_bytes)
+            wanted = [block_plan.given(part) for part in rounds]
+        axis = seq.axis
+        return [block_plan.block_plan(seq.layout, seq.pieces, each, axis.rank, axis.nodes) for each in wanted]
+
+    def wanted(self, bits: Tensor, groups: int) -> Wanted:
+        """What each rank fetches."""
         seq = self.sequence
         if self.exchange != "nsa":
-            return dense_pieces(seq.pieces, groups, causal=self.exchange == "groupcast")
-        flags = np.unpackbits(bits.numpy(), axis=-1, count=seq.packing.blocks).astype(bool)
-        return selected_pieces(seq.pieces, flags)
+            return block_plan.dense(seq.pieces, groups, causal=self.exchange == "groupcast")
+        flags = np.unpackbits(bits.numpy(), axis=-1, count=seq.packing.blocks).view(bool)
+        return block_plan.selected(seq.pieces, flags)
 
 
 class WindowExchange(Operation):
@@ -185,34 +203,6 @@ class CompressHalo(Operation):
     def backward(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
         wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
         return [self.gather.finish(*self.gather.start_return(wide))]
-
-
-class Fetch:
-    """One round of the block exchange, as this rank takes part in it."""
-
-    def __init__(self, sequence: ShardedSequence, need_PGN: Bools) -> None:
-        self.sequence = sequence
-        self.plan: BlockPlan = block_plan(sequence.layout, sequence.pieces, need_PGN, sequence.axis.rank)
-        self.order = torch.from_numpy(self.plan.order).to(sequence.device)
-
-    @cached_property
-    def index(self) -> BlockIndex:
-        return block_index(self.sequence.packing, self.plan.tokens, self.sequence.device)
-
-    def start(self, k: Tensor, v: Tensor, kind: str, phase: str) -> Pending:
-        rows = torch.cat([k, v], dim=-1).flatten(0, 1)
-        return send_rows(self.sequence.axis, rows, self.plan.rows, kind, phase)
-
-    def rows(self, fetched: Tensor, dk: int) -> tuple[Tensor, Tensor]:
-        """Keys and values in the order of `index`."""
-        ordered = fetched[self.order]
-        return ordered[:, :dk], ordered[:, dk:]
-
-    def start_return(self, dk_rows: Tensor, dv_rows: Tensor) -> Pending:
-        ordered = torch.cat([dk_rows, dv_rows], dim=-1)
-        grad = torch.empty_like(ordered)
-        grad[self.order] = ordered
-        return return_rows(self.sequence.axis, grad, self.plan.rows, self.sequence.grad_dtype, "selected")
 
 
 def pack(k_NGD: Tensor, v_NGD: Tensor) -> Tensor:

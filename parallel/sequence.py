@@ -6,6 +6,7 @@ for the rank's own part.
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,6 +73,7 @@ class ShardedSequence:
         self.device, self.grad_dtype = device, grad_dtype
         self.tokens = layout.own(axis.rank)
         self.cmp_layout = layout.mapped(packing.cmp_start)
+        self.plans: dict[Any, Any] = {}  # of layers whose backward is to come
 
     @cached_property
     def token_S(self) -> Tensor:

@@ -9,9 +9,9 @@ from functools import cached_property
 import numpy as np
 
 from nsa_dist.kernels.packing import Ints, Packing
-from nsa_dist.parallel import needs
+from nsa_dist.parallel import block_plan, needs
 from nsa_dist.parallel.layout import Layout
-from nsa_dist.parallel.plan import Bools, Floats, Pieces, make_pieces, piece_counts, row_counts, selected_pieces
+from nsa_dist.parallel.plan import Bools, Floats, Pieces, make_pieces, row_counts
 from nsa_dist.parallel.span import SpanPlan
 
 Traffic = dict[tuple[str, str], Ints]  # (kind, phase): bytes [fields of the ledger, P]
@@ -95,14 +95,34 @@ class TrafficModel:
         return self._rows("compress_halo", self.layout, needs.compress_halo(self.layout, self.packing))
 
     def _selected_counts(self, exchange: str, needs_PGB: Bools | None, share_P: Floats | None) -> Ints:
-        """[receiver, owner]: rows of single KV heads."""
-        if exchange != "nsa":
-            wanted = self.causal_counts if exchange == "groupcast" else self._every_row()
-            return wanted * self.sizes.groups
-        if needs_PGB is not None:
-            return piece_counts(self.pieces, selected_pieces(self.pieces, needs_PGB), self.layout.ranks)
-        assert share_P is not None
-        return np.rint(self.causal_counts * self.sizes.groups * share_P[:, None]).astype(np.int64)
+        """[receiver, sender]: rows of single KV heads, those that a relay sends on inside its node with them."""
+        groups = self.sizes.groups
+        several = len(np.unique(self.nodes)) > 1 and exchange != "allgather_heads"
+        if share_P is not None or (exchange != "nsa" and not several):
+            rows = groups * (self._every_row() if exchange.startswith("allgather") else self.causal_counts)
+            share = np.ones(self.layout.ranks) if share_P is None or exchange != "nsa" else share_P
+            counts = self._relayed(rows, share) if several else rows * share[:, None]
+            return np.rint(counts).astype(np.int64)
+        if exchange == "nsa":
+            assert needs_PGB is not None
+            wanted = block_plan.selected(self.pieces, needs_PGB)
+        else:
+            wanted = block_plan.dense(self.pieces, groups, causal=exchange == "groupcast")
+        hops = block_plan.hop_counts(self.pieces, block_plan.whole(wanted, self.pieces), self.nodes)
+        return hops[0] + hops[1]
+
+    def _relayed(self, rows: Ints, share_P: Floats) -> Floats:
+        """What is expected of shares that are chosen independently: a row that several ranks of a node want crosses
+        between nodes once, and each of them is its relay equally often."""
+        same = self.nodes[:, None] == self.nodes
+        sharing = same.astype(np.float64) @ (rows > 0)  # [receiver, owner]: ranks of the receiver's node that may
+        wanted = rows * share_P[:, None]
+        once = rows * (1 - (1 - share_P[:, None]) ** sharing) / np.maximum(sharing, 1)
+        direct = np.where(same, wanted, once)
+        mates = same.sum(1) - 1
+        onward = (wanted - direct).sum(1) / np.maximum(mates, 1)
+        np.fill_diagonal(same, False)
+        return direct + same * onward[:, None]
 
     def _every_row(self) -> Ints:
         counts = np.repeat(self.rows[None], self.layout.ranks, axis=0)
