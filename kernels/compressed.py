@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nsa_dist.kernels.branch import group_queries
-from nsa_dist.kernels.packing import Ints, Packing
+from nsa_dist.kernels.packing import Ints, Packing, on_device
 from nsa_dist.kernels.select import Admitted, select_blocks
 from nsa_dist.kernels.spec import NSASpec
 from nsa_dist.kernels.tiled import Ranges, group_keys, make_ranges, query_breaks, tile_softmax, ungroup
@@ -37,8 +37,8 @@ def compressed_view(packing: Packing, queries: Ints, rows: Ints, device: torch.d
     breaks = query_breaks(packing, queries)  # a tile's queries are of one document
     return CompressedView(
         make_ranges(lo, hi, breaks, device),
-        torch.from_numpy(own).to(device),
-        torch.from_numpy(packing.blk_cu[document]).to(device),
+        on_device(own, device),
+        on_device(packing.blk_cu[document], device),
     )
 
 

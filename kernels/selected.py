@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nsa_dist.kernels.branch import BranchGrad, group_queries, work_dtype
-from nsa_dist.kernels.packing import Ints, Packing
+from nsa_dist.kernels.packing import Ints, Packing, on_device
 from nsa_dist.kernels.tiled import TILE, add_dq, tile_backward, tile_forward, ungroup
 
 
@@ -34,7 +34,7 @@ def block_index(packing: Packing, tokens: list[Ints], device: torch.device) -> B
     begin = [b + np.searchsorted(t, packing.blk_start) for b, t in zip(base[:-1], tokens, strict=True)]
     end = [b + np.searchsorted(t, packing.blk_end) for b, t in zip(base[:-1], tokens, strict=True)]
     arrays = np.stack(begin), np.stack(end), np.concatenate(tokens)
-    begin_GB, end_GB, token_N = (torch.from_numpy(a).to(device) for a in arrays)
+    begin_GB, end_GB, token_N = (on_device(a, device) for a in arrays)
     longest = int((arrays[1] - arrays[0]).max(initial=0))
     return BlockIndex(begin_GB, end_GB, token_N, longest)
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from nsa_dist.kernels.branch import group_queries
 from nsa_dist.kernels.compressed import CompressedView
-from nsa_dist.kernels.packing import Ints, Packing
+from nsa_dist.kernels.packing import Ints, Packing, on_device
 from nsa_dist.kernels.select import Admitted, block_scores, select_blocks
 from nsa_dist.kernels.spec import NSASpec
 from nsa_dist.kernels.tiled import group_keys, tile_softmax
@@ -171,7 +171,7 @@ def span_view(packing: Packing, queries: Ints, device: torch.device) -> SpanView
     begin[units.span[heads]] = np.cumsum(units.width[heads]) - units.width[heads]
     width = np.where(np.isin(np.arange(len(spans.start)), units.span[heads]), spans.width, 0)
     arrays = begin[span], width[span], group, spans.own[span]
-    return SpanView(units, spans, *(torch.from_numpy(a).to(device) for a in arrays))
+    return SpanView(units, spans, *(on_device(a, device) for a in arrays))
 
 
 def admit(sums_NG: Tensor, view: SpanView, spec: NSASpec) -> Admitted:

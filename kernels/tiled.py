@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from nsa_dist.kernels.branch import BranchGrad, group_queries, work_dtype
-from nsa_dist.kernels.packing import Ints, Packing
+from nsa_dist.kernels.packing import Ints, Packing, on_device
 
 TILE = 128  # queries of a tile
 
@@ -55,7 +55,7 @@ class Ranges:
             begin, end = self._seen
             parts = np.full(rows, len(self.lo)), np.full(rows, len(self.lo))
             parts[0][: len(begin)], parts[1][: len(end)] = begin[:rows], end[:rows]
-            first, last = (torch.from_numpy(x).to(self.lo_S.device) for x in parts)
+            first, last = (on_device(x, self.lo_S.device) for x in parts)
             self._seen_by[rows] = first, last
         return self._seen_by[rows]
 
@@ -63,7 +63,7 @@ class Ranges:
         """`bounds` cut into tiles of at most `tile` queries, [tiles, 2], on the device."""
         if tile not in self._tiles:
             bounds = tile_bounds(len(self.lo), self.bounds[:, 0], tile)
-            self._tiles[tile] = torch.from_numpy(bounds).to(self.lo_S.device)
+            self._tiles[tile] = on_device(bounds, self.lo_S.device)
         return self._tiles[tile]
 
     @cached_property
@@ -95,7 +95,7 @@ class Ranges:
 def make_ranges(lo: Ints, hi: Ints, breaks: Ints, device: torch.device, tile: int = TILE) -> Ranges:
     """Ranges whose tiles end at `breaks` (query numbers at which a tile must start) and after `tile` queries."""
     bounds = tile_bounds(len(lo), breaks, tile)
-    return Ranges(lo, hi, bounds, torch.from_numpy(lo).to(device), torch.from_numpy(hi).to(device))
+    return Ranges(lo, hi, bounds, on_device(lo, device), on_device(hi, device))
 
 
 def query_breaks(packing: Packing, queries: Ints) -> Ints:

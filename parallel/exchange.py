@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nsa_dist.kernels.packing import Ints
+from nsa_dist.kernels.packing import Ints, on_device
 from nsa_dist.parallel.mesh import Axis
 from nsa_dist.parallel.plan import RowPlan
 
@@ -37,7 +37,7 @@ class Pending:
 
 def send_rows(axis: Axis, x_NF: Tensor, plan: RowPlan, kind: str, phase: str) -> Pending:
     """Starts sending rows of x by the plan. The result: rows [M, F] in the plan's order of arrival."""
-    index = torch.from_numpy(plan.send_rows).to(x_NF.device)
+    index = on_device(plan.send_rows, x_NF.device)
     return exchange(axis, x_NF[index], plan.send_counts, plan.recv_counts, kind, phase)
 
 
@@ -57,7 +57,7 @@ def add_returned(axis: Axis, own_NF: Tensor, returned: Tensor, plan: RowPlan) ->
     parts = returned.split(plan.send_counts.tolist())
     for rows, part in zip(plan.parts, parts, strict=True):
         if len(rows):
-            own_NF.index_add_(0, torch.from_numpy(rows).to(own_NF.device), part.to(own_NF.dtype))
+            own_NF.index_add_(0, on_device(rows, own_NF.device), part.to(own_NF.dtype))
     return own_NF
 
 

@@ -5,6 +5,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from nsa_dist.kernels.packing import on_device
 from nsa_dist.kernels.selected import BlockIndex
 from nsa_dist.parallel.block_plan import BlockPlan, Hop, Runs
 from nsa_dist.parallel.exchange import Pending, exchange
@@ -21,7 +22,7 @@ class Fetch:
     def index(self) -> BlockIndex:
         """Of the buffer's rows."""
         end = self.plan.rows_GB.cumsum().reshape(self.plan.rows_GB.shape)
-        edges = [torch.from_numpy(x).to(self.sequence.device) for x in (end - self.plan.rows_GB, end)]
+        edges = [on_device(x, self.sequence.device) for x in (end - self.plan.rows_GB, end)]
         longest = int(self.plan.rows_GB.max(initial=0))
         return BlockIndex(edges[0], edges[1], run_rows(self.plan.tokens, self.sequence.device), longest)
 
@@ -105,6 +106,6 @@ def add_runs(total: Tensor, returned: Tensor, hop: Hop) -> None:
 def run_rows(runs: Runs, device: torch.device) -> Tensor:
     """The rows' numbers, made on the device from the runs alone."""
     rows = runs.rows
-    start, length = (torch.from_numpy(x).to(device, non_blocking=True) for x in (runs.start, runs.length))
+    start, length = (on_device(x, device) for x in (runs.start, runs.length))
     shift = start - (length.cumsum(0) - length)
     return torch.arange(rows, device=device) + torch.repeat_interleave(shift, length, output_size=rows)

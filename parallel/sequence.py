@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nsa_dist.kernels.compressed import CompressedView, compressed_view
-from nsa_dist.kernels.packing import Ints, Packing
+from nsa_dist.kernels.packing import Ints, Packing, on_device
 from nsa_dist.kernels.select import Admitted
 from nsa_dist.kernels.selected import BlockIndex, block_index
 from nsa_dist.kernels.tiled import Ranges, window_ranges
@@ -78,12 +78,12 @@ class ShardedSequence:
     @cached_property
     def token_S(self) -> Tensor:
         """[S]: the own tokens' numbers in the sequence."""
-        return torch.from_numpy(self.tokens).to(self.device)
+        return on_device(self.tokens, self.device)
 
     @cached_property
     def position_S(self) -> Tensor:
         """[S]: the own tokens' positions in their documents, for RoPE."""
-        return torch.from_numpy(self.packing.position(self.tokens)).to(self.device)
+        return on_device(self.packing.position(self.tokens), self.device)
 
     @cached_property
     def own_compressed(self) -> Ints:
@@ -93,7 +93,7 @@ class ShardedSequence:
     @cached_property
     def compressed_position_C(self) -> Tensor:
         """[C_own]: i * d of the own compressed tokens, for RoPE."""
-        return torch.from_numpy(self.packing.position(self.packing.cmp_start[self.own_compressed])).to(self.device)
+        return on_device(self.packing.position(self.packing.cmp_start[self.own_compressed]), self.device)
 
     @cached_property
     def compress_halo(self) -> Gather:
@@ -103,7 +103,7 @@ class ShardedSequence:
     def compress_first_C(self) -> Tensor:
         """[C_own]: the row in the compression's buffer at which each own compressed token begins."""
         rows = np.searchsorted(self.compress_halo.items, self.packing.cmp_start[self.own_compressed])
-        return torch.from_numpy(rows).to(self.device)
+        return on_device(rows, self.device)
 
     @cached_property
     def window_halo(self) -> Gather:
@@ -148,11 +148,17 @@ class ShardedSequence:
 
     def local_blocks(self, groups: int) -> BlockIndex:
         """The index of the own rows [G * S, D]."""
-        return block_index(self.packing, [self.tokens] * groups, self.device)
+        if groups not in self._local_blocks:
+            self._local_blocks[groups] = block_index(self.packing, [self.tokens] * groups, self.device)
+        return self._local_blocks[groups]
+
+    @cached_property
+    def _local_blocks(self) -> dict[int, BlockIndex]:
+        return {}
 
     def _gather(self, layout: Layout, wanted: needs.Needs, kind: str) -> Gather:
         plan = row_plan(layout, wanted, self.axis.rank)
         both = np.concatenate([layout.own(self.axis.rank), plan.recv_items])
         order = np.argsort(both, kind="stable")
-        at = torch.from_numpy(order).to(self.device)
+        at = on_device(order, self.device)
         return Gather(self.axis, plan, both[order], at, kind, self.grad_dtype)

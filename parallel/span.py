@@ -6,11 +6,10 @@ The sums are integers (`kernels/span.py`): added in any order, over any number o
 from functools import cached_property
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from nsa_dist.kernels.compressed import CompressedView
-from nsa_dist.kernels.packing import Ints, Packing
+from nsa_dist.kernels.packing import Ints, Packing, on_device
 from nsa_dist.kernels.select import Admitted
 from nsa_dist.kernels.span import SpanView, admit, make_spans, make_units, needed_units, span_view, unit_sums
 from nsa_dist.parallel.exchange import exchange
@@ -55,15 +54,15 @@ class SpanRule:
         sums = unit_sums(q_SHD, k_CGD, self.tokens, self.compressed_view, spec, scale, plan.units.at(made))
         counts = plan.counts()
         there = [self._rows(made, plan.needed_PN[r] & (r != rank)) for r in range(self.axis.size)]
-        sent = sums[torch.from_numpy(np.concatenate(there)).to(sums.device)]
+        sent = sums[on_device(np.concatenate(there), sums.device)]
         got = exchange(self.axis, sent, counts[:, rank], counts[rank], "span", "forward").wait()
         needed = np.flatnonzero(plan.needed_PN[rank])
         total = sums.new_zeros(int(plan.units.width[needed].sum()), sums.shape[1])
         parts = list(got.split(counts[rank].tolist()))
-        parts[rank] = sums[torch.from_numpy(self._rows(made, plan.needed_PN[rank])).to(sums.device)]
+        parts[rank] = sums[on_device(self._rows(made, plan.needed_PN[rank]), sums.device)]
         for owner, part in enumerate(parts):
             rows = self._rows(needed, plan.made_PN[owner])
-            total.index_add_(0, torch.from_numpy(rows).to(total.device), part)
+            total.index_add_(0, on_device(rows, total.device), part)
         return admit(total, self._view, spec)
 
     def _rows(self, held: Ints, wanted_N: Bools) -> Ints:

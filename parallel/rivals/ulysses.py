@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nsa_dist.kernels.attention import LocalViews, local_views, nsa_backward, nsa_forward
-from nsa_dist.kernels.packing import Ints
+from nsa_dist.kernels.packing import Ints, on_device
 from nsa_dist.parallel.exchange import exchange
 from nsa_dist.parallel.layout import Layout
 from nsa_dist.parallel.operator import Operation
@@ -26,7 +26,7 @@ class Heads:
         counts = [len(layout.own(r)) for r in range(layout.ranks)]
         self.counts: Ints = np.array(counts, np.int64)
         arrival = np.concatenate([layout.own(r) for r in range(layout.ranks)])
-        self.order = torch.from_numpy(np.argsort(arrival, kind="stable")).to(sequence.device)
+        self.order = on_device(np.argsort(arrival, kind="stable"), sequence.device)
 
     def gather(self, x_SHD: Tensor, phase: str, dtype: torch.dtype) -> Tensor:
         """[S, heads, D] to [T, heads / P, D], rows in the sequence's order."""
