@@ -47,8 +47,11 @@ compile_target: str | None = None  # set while kernels are compiled ahead of tim
 
 
 def precision(x: Tensor) -> str:
-    """float32 products: IEEE on AMD and the CPU, three TF32 products on NVIDIA (Triton's default is one)."""
-    return "tf32x3" if target(x.device).startswith("sm_") and x.dtype == torch.float32 else "ieee"
+    """float32 products: three TF32 products on NVIDIA (Triton's default is one), IEEE on AMD, the CPU and sm_80,
+    where the backward of the selected branch would spill kilobytes."""
+    where = target(x.device)
+    three = where.startswith("sm_") and where != "sm_80" and x.dtype == torch.float32
+    return "tf32x3" if three else "ieee"
 
 
 def target(device: torch.device) -> str:
@@ -78,9 +81,16 @@ def on_hopper(q: Tensor, *kv: Tensor) -> bool:
 
 
 def tuned(kernel: str, x: Tensor, dk: int, dv: int) -> dict[str, int]:
-    """Tile sizes, warps and stages of a kernel."""
-    return dict(configuration(kernel, target(x.device), x.dtype == torch.float32, max(dk, dv)))
+    """Tile sizes, warps and stages of a kernel. Raises ValueError for head sizes that it isn't made for there."""
+    where, wide = target(x.device), x.dtype == torch.float32
+    most = _LARGEST.get((where, kernel), 256) if not wide else 256
+    if max(dk, dv) > most:
+        raise ValueError(f"head sizes {dk}/{dv} in {x.dtype} on {where}: {kernel} takes at most {most} there")
+    return dict(configuration(kernel, where, wide, max(dk, dv)))
 
+
+# The largest head size of a kernel in 16-bit types where it isn't 256: above, ptxas spills 4 KB with all tiles tried.
+_LARGEST = {("sm_80", "block_backward"): 192}
 
 # (target or its family, kernel): BM, BN, warps, stages at head sizes up to 128, up to 192, above it; 16-bit types.
 # kernels/NOTES.md says what was measured; what hasn't been is chosen by the compiled code's registers and spills.
@@ -112,7 +122,7 @@ def configuration(kernel: str, where: str, wide: bool, size: int) -> tuple[tuple
     if where == "interpreter":
         bm, bn, warps, stages = 32, 16, 4, 1
     elif wide:
-        bm, bn, warps, stages = (32, 32, 4, 1) if size <= 128 else (16, 16, 4, 1)
+        bm, bn, warps, stages = (32, 32, 4, 1) if size <= 64 else (16, 16, 4, 1)
     else:
         family = "gfx" if where.startswith("gfx") else "sm"
         keys = ((where, kernel), (family, kernel), (family, ""))

@@ -3,8 +3,12 @@
 import os
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
+import torch
+
+from nsa_dist.kernels import tuning
 
 pytest.importorskip("triton")
 
@@ -29,3 +33,14 @@ def test_a_kernel_that_takes_too_much_is_named() -> None:
     assert found.returncode == 1
     assert "sm_90 192/128 bf16 R=16 range_forward_kernel" in found.stderr
     assert "bytes of shared memory; at most 100000" in found.stderr
+
+
+def test_a_head_size_that_a_target_cannot_hold_is_refused_by_name() -> None:
+    x = torch.zeros(1, 1, 256, dtype=torch.bfloat16)
+    with (
+        mock.patch.object(tuning, "compile_target", "sm_80"),
+        pytest.raises(
+            ValueError, match=r"head sizes 256/256 in torch.bfloat16 on sm_80: block_backward takes at most 192"
+        ),
+    ):
+        tuning.tuned("block_backward", x, 256, 256)
