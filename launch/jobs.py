@@ -71,7 +71,8 @@ class Jobs:
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self.ray_version = self._get("/api/version")["ray_version"]
         self._client = JobSubmissionClient(self.address, headers=self._headers)
-        logging.getLogger("ray.dashboard").setLevel(logging.ERROR)  # it tells of each upload
+        for handler in logging.getLogger("ray").handlers:
+            handler.setLevel(logging.ERROR)  # it tells of each upload
 
     def asks_for_token(self) -> bool:
         """Whether the cluster turns away who brings none."""

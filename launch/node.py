@@ -36,6 +36,8 @@ def main(options: dict[str, Any]) -> None:
         node_ip_address="127.0.0.1",
         node_name=options["name"],
         temp_dir=options["folder"],
+        # Of its own: a node that unpacks a job's package removes the folder in which those of others run.
+        runtime_env_dir_name=f"runtime-{options['name']}",
         include_dashboard=head,
         dashboard_port=options["dashboard_port"],
         # Ports that the system chooses: nodes share the machine.
