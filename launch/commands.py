@@ -19,6 +19,12 @@ up starts a Ray cluster on this machine, which listens on 127.0.0.1 alone and as
 commands find it, token included. down ends it. For several machines: docs/cluster.md."""
 
 
+_DRILL = """\
+Starts a cluster of two Ray nodes on this machine, trains a few steps of the configuration on two CPU ranks, once
+for each failure, makes it happen, and prints when it was seen, when the run trained again, how many steps were
+lost, and whether the losses are those of a run without failure. Exit status 1 where one is not recovered."""
+
+
 def add_commands(command: Command, load: Callable[[list[str]], Any]) -> None:
     """Adds the commands; `load` makes a configuration of words."""
     command = _needing_ray(command)
@@ -53,6 +59,18 @@ def add_commands(command: Command, load: Callable[[list[str]], Any]) -> None:
     cluster.add_argument(
         "--cpus", type=_positive, metavar="N", help="places of a node (the cores, dealt to the nodes)"
     )
+
+    drill = command(
+        "drill",
+        lambda args: _drill(args, load),
+        "failures on purpose, on a cluster of this machine",
+        description=_DRILL,
+    )
+    drill.add_argument("words", nargs="*", metavar="[CONFIG] key=value", help="as those of train")
+    drill.add_argument("--list", action="store_true", help="the failures' names")
+    drill.add_argument("--only", action="append", metavar="NAME", help="this failure (again: more of them)")
+    drill.add_argument("--json", metavar="FILE", help="writes the table's rows there")
+    drill.add_argument("--folder", metavar="DIR", help="keeps the runs there (else they are removed)")
 
 
 def add_job_command(commands: Any) -> None:
@@ -150,6 +168,12 @@ def _job(args: argparse.Namespace) -> None:
         drive(args.again)
     else:
         raise SystemExit(supervise())
+
+
+def _drill(args: argparse.Namespace, load: Callable[[list[str]], Any]) -> None:
+    from nsa_dist.launch.drill_table import drill
+
+    drill(args, load)
 
 
 def _show(args: argparse.Namespace, facts: Any, text: str) -> None:

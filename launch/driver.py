@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,21 +75,25 @@ def drive(again: bool) -> None:
     config, console = config_from_dict(job["config"]), Console()
     import ray
 
-    with stop_on_signal(insist=False) as stop:  # Ray sends SIGTERM to this process and the one beside it
-        mine = signal.getsignal(signal.SIGTERM)
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
-        signal.signal(signal.SIGTERM, mine)  # Ray puts its own in its place
-        gpus = int(ray.cluster_resources().get("GPU", 0))
-        device = config.launch.device if config.launch.device != AUTO else "cuda" if gpus else "cpu"
-        if not again:
-            console.say(f"{CHECKED}{_check(config, job['versions'])}")
-        if job["wait"]:
-            _ask_for_nodes(config, device)
-        sized = _sized(config, device)
-        with session(sized, console, sized.parallel.dp * sized.parallel.cp, device) as resume:
-            from nsa_dist.launch.recover import train_through
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own in its place
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    device = config.launch.device if config.launch.device != AUTO else "cuda" if gpus else "cpu"
+    if not again:
+        console.say(f"{CHECKED}{_check(config, job['versions'])}")
+    if job["wait"]:
+        _ask_for_nodes(config, device)
+    sized = _sized(config, device)
+    from nsa_dist.launch.faults import train_not_finite
+    from nsa_dist.launch.recover import train_through
+    from nsa_dist.train import train
 
-            train_through(config, resume, console, device, stop, first_wait_s=_ALWAYS_S)
+    fn = partial(train_not_finite, job["not_finite"]) if job.get("not_finite") else train  # of the drill
+    world_size = sized.parallel.dp * sized.parallel.cp
+    # Ray sends SIGTERM to this process and to the one beside it, which passes it on.
+    with session(sized, console, world_size, device) as resume, stop_on_signal(insist=False) as stop:
+        train_through(config, resume, console, device, stop, fn, _ALWAYS_S)
 
 
 def _sized(config: Config, device: str) -> Config:

@@ -18,6 +18,7 @@ from nsa_dist.console import Console
 from nsa_dist.launch.controller import started
 from nsa_dist.launch.package import WAITING
 from nsa_dist.launch.placement import Node, Placed, Places, owners
+from nsa_dist.launch.straggler import Stragglers
 from nsa_dist.launch.watch import Failed, Watch
 from nsa_dist.process import RunFailed
 from nsa_dist.rundir import EVENTS, Resume, event, own_checkpoints, write_config
@@ -75,6 +76,7 @@ class _Run:
         self._change = ""  # why the ranks were asked to end, though nobody has stopped the run
         self._again: dict[str, Any] = {}  # of the recovery under way, for its event
         self._next_look = 0.0
+        self._stragglers = Stragglers(0)
 
     def train(self, first_wait_s: float) -> None:
         wait_s = first_wait_s
@@ -94,6 +96,7 @@ class _Run:
         """Starts the ranks and follows them; whether they have come to the run's end."""
         launch = self._config.launch
         self._placed, self._world, self._change = self.places.placed(nodes, chosen), len(chosen), ""
+        self._stragglers = Stragglers(self._world)
         placed = replace(config, launch=replace(launch, device=self._device))
         if has_auto(self._config):
             with suppress(OSError):
@@ -120,12 +123,23 @@ class _Run:
         self._console.report(report)
         if report["kind"] == "busy" and report["what"] == "first step":
             self._start = report["step"]
-        elif report["kind"] == "beat" and self._again and report["step"] > self._start:
-            self._recovered()
+        elif report["kind"] == "beat":
+            if self._again and report["step"] > self._start:
+                self._recovered()
+            if slow := self._stragglers.beat(rank, report["waited_s"]):
+                self._tell_straggler(report["step"], *slow)
         elif report["kind"] == "leaving":
             node = next(one.node for one in self._placed if rank in one.ranks)
             self._leaving.add(node.id)
             self._ask_to_end(f"rank {rank} on {node.name} was asked to end (SIGTERM)")
+
+    def _tell_straggler(self, step: int, rank: int, lag_s: float, step_s: float) -> None:
+        node = next(one.node for one in self._placed if rank in one.ranks)
+        self._event("straggler", rank=rank, node=node.name, host=node.machine, step=step, lag_s=lag_s, step_s=step_s)
+        self._console.say(
+            f"straggler: rank {rank} on {node.name} ({node.machine}); the others wait {lag_s:.2f} s of each "
+            f"{step_s:.2f} s for it"
+        )
 
     # Failures
 

@@ -111,10 +111,11 @@ def train(config: Config, resume: Resume, report: Report, skip: Collection[int] 
         say(summary(config, model, corpus, start, steps))
     writer = MetricsWriter(config.run.dir, start, say) if first else None
     mesh.ledger.take()
-    asked, done = False, start
+    asked, done, waited = False, start, 0.0
 
     def one_step(step: int) -> dict[str, Any]:
         """Takes a step; its line of metrics."""
+        nonlocal waited
         began = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
@@ -128,7 +129,7 @@ def train(config: Config, resume: Resume, report: Report, skip: Collection[int] 
         optimizer.step()
         optimizer.zero_grad()
 
-        comm = traffic_record(mesh, rivals)
+        comm, waited = traffic_record(mesh, rivals)
         seconds = time.perf_counter() - began
         tokens = sum(batch.sequence.packing.tokens for batch in batches) * mesh.dp.size
         record: dict[str, Any] = {"step": step, "loss": loss, "grad_norm": norm, "tokens": tokens}
@@ -155,7 +156,7 @@ def train(config: Config, resume: Resume, report: Report, skip: Collection[int] 
         if due(step, config.train.checkpoint_every, steps):
             save(step)
             saved = step
-        asked = bool(report({"kind": "beat", "step": step}))
+        asked = bool(report({"kind": "beat", "step": step, "waited_s": waited}))
 
     if done > saved:  # stopped between two checkpoints
         save(done)
@@ -275,16 +276,18 @@ def validate(config: Config, model: Decoder, batches: list[Batch], mesh: Mesh) -
     return {"loss": total / max(count, 1.0), "tokens": int(count), "by_position": by_position}
 
 
-def traffic_record(mesh: Mesh, rivals: Ints) -> dict[str, Any]:
-    """The step's `comm`: mean and maximum over ranks of what was sent and received, and would have been."""
-    own = as_table(mesh.ledger.take())
+def traffic_record(mesh: Mesh, rivals: Ints) -> tuple[dict[str, Any], float]:
+    """The step's `comm`: mean and maximum over ranks of what was sent and received, and would have been; and for how
+    long this rank stood still in collectives (s, measured on CPUs only)."""
+    taken = mesh.ledger.take()
+    own = as_table(taken)
     tables = torch.from_numpy(np.concatenate([own[None], rivals])).to(home(mesh))
     every = all_gather(mesh.world, tables, "control", "forward").wait().cpu().numpy()
     mesh.ledger.take()  # this gathering is no part of any step
     comm: dict[str, Any] = summarise(every[:, 0])
     possible = {name: every[:, i + 1] for i, name in enumerate(RIVALS) if (every[:, i + 1] >= 0).all()}
     comm["rivals"] = {name: summarise(table) for name, table in possible.items()}
-    return comm
+    return comm, sum(totals.exposed_s for totals in taken.values())
 
 
 def any_rank(mesh: Mesh, flag: bool, device: torch.device) -> bool:

@@ -105,17 +105,19 @@ def shift(axis: Axis, x: Tensor, result: Tensor, kind: str, phase: str) -> Pendi
 def all_reduce(axis: Axis, x: Tensor, kind: str = "control", phase: str = "forward") -> Tensor:
     """Sums x over the axis in place; counted as the ring algorithm, 2 (P - 1) / P of its bytes."""
     if axis.size > 1:
+        start = time.perf_counter()
         dist.all_reduce(x, group=axis.group)
-        count_ring(axis, 2 * x.numel() * x.element_size() * (axis.size - 1) // axis.size, kind, phase)
+        total = 2 * x.numel() * x.element_size() * (axis.size - 1) // axis.size
+        count_ring(axis, total, kind, phase, time.perf_counter() - start)
     return x
 
 
-def count_ring(axis: Axis, total_bytes: int, kind: str, phase: str) -> None:
+def count_ring(axis: Axis, total_bytes: int, kind: str, phase: str, exposed_s: float = 0.0) -> None:
     """Records a collective of which a rank sends so many bytes to the next, and receives as many."""
     send, receive = np.zeros(axis.size, np.int64), np.zeros(axis.size, np.int64)
     send[(axis.rank + 1) % axis.size] = total_bytes
     receive[(axis.rank - 1) % axis.size] = total_bytes
-    axis.ledger.record(kind, phase, send, receive, axis.other_node)
+    axis.ledger.record(kind, phase, send, receive, axis.other_node, exposed_s)
 
 
 class _All:
