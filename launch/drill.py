@@ -18,7 +18,7 @@ from nsa_dist.rundir import event
 
 STEPS, EVERY, STRIKE = 30, 5, 12  # steps of a run, from one checkpoint to the next, and after which it is struck
 LONG = 8 * STEPS  # of the run that a node joins: to start one takes long
-HEARTBEAT_S = 3
+HEARTBEAT_S = 5  # where a hang is made; elsewhere a loaded machine's slow step must not be one
 ROUNDING = 1e-3  # relative difference of losses on other numbers of ranks
 _PULSE_S = 0.4  # how long the straggler stands still at a time
 
@@ -43,7 +43,7 @@ class Drill:
         self.folder = folder
         train = replace(config.train, checkpoint_every=EVERY, keep_checkpoints=2, log_every=1)
         train = replace(train, steps=STEPS, validate_every=0, validation_sequences=0)
-        launch = replace(config.launch, device="cpu", heartbeat_s=HEARTBEAT_S, backend="ray")
+        launch = replace(config.launch, device="cpu", heartbeat_s=60, backend="ray")
         run = replace(config.run, dir=str(folder / "none"), resume="auto")
         self._config = absolute(replace(config, train=train, launch=launch, run=run))
         self._cluster: Cluster | None = None
@@ -76,7 +76,9 @@ class Drill:
             self._alive.append(len(self._cluster.nodes) - 1)
         return self._cluster
 
-    def run(self, name: str, cp: Any = 2, nodes: int = 2, steps: int = STEPS, not_finite: int = 0) -> DrillRun:
+    def run(
+        self, name: str, cp: Any = 2, nodes: int = 2, steps: int = STEPS, not_finite: int = 0, heartbeat_s: int = 0
+    ) -> DrillRun:
         """Starts a run in folder/name."""
         config = replace(
             self._config,
@@ -84,6 +86,8 @@ class Drill:
             train=replace(self._config.train, steps=steps),
             parallel=replace(self._config.parallel, dp=1, cp=cp),
         )
+        if heartbeat_s:
+            config = replace(config, launch=replace(config.launch, heartbeat_s=heartbeat_s))
         run = DrillRun(self.cluster(nodes), check_config(config), not_finite)
         self._runs.append(run)
         return run
@@ -128,7 +132,7 @@ def _killed_worker(drill: Drill, name: str) -> Row:
 
 
 def _hang(drill: Drill, name: str) -> Row:
-    run = drill.run(name)
+    run = drill.run(name, heartbeat_s=HEARTBEAT_S)
     return drill.survived(run, name, lambda: os.kill(run.pid(1), signal.SIGSTOP))
 
 

@@ -38,7 +38,7 @@ def main(words: list[str]) -> int:
     config = absolute(load_config(args.config, args.words))
     train = replace(config.train, steps=4 * args.kills + 20, checkpoint_every=3, validate_every=0)
     train = replace(train, validation_sequences=0, keep_checkpoints=3)
-    launch = replace(config.launch, device="cpu", heartbeat_s=3, max_failures=10_000)
+    launch = replace(config.launch, device="cpu", heartbeat_s=15, max_failures=10_000)
     parallel = replace(config.parallel, dp=1, cp=2)
     config = replace(config, train=train, launch=launch, parallel=parallel)
     with tempfile.TemporaryDirectory(prefix="nsa-kills-") as folder, running_cluster(2) as cluster:
