@@ -145,8 +145,8 @@ def select_blocks(
         return picks
     meta = tuned("scores", q, dk, dk)
     small = target(q.device) == "interpreter"
-    # Queries of a tile: some 128 rows of a group's heads, fewer where float32 of the largest heads wouldn't fit.
-    rows = 32 if small else 64 if q.element_size() * dk >= 768 else 128
+    # Queries of a tile: some 128 rows of a group's heads, half of it in float32, where sm_80 can't hold more.
+    rows = 32 if small else 64 if q.element_size() == 4 else 128
     tile = max(1, min(32, rows // triton.next_power_of_2(h // groups)))
     bounds = view.ranges.tiles_on_device(tile)
     top = max(2, triton.next_power_of_2(spec.select_count))
