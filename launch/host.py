@@ -37,7 +37,7 @@ class Host:
             stdin=subprocess.DEVNULL,
             stdout=self._errors,
             stderr=self._errors,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            env=os.environ | _forker_environment(),
         )
         theirs.close()
         self._forker = Connection(ours.detach())
@@ -119,6 +119,12 @@ class Host:
         self._ready.set()  # whoever waits finds out
         for rank in self._ranks.values():
             rank.exited.set()
+
+
+def _forker_environment() -> dict[str, str]:
+    """It imports what this process does; and asking whether there are GPUs must not start CUDA before the fork."""
+    path = os.pathsep.join(path for path in sys.path if path)
+    return {"PYTHONPATH": path, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 
 
 class _Rank:

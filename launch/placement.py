@@ -12,6 +12,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from nsa_dist.launch.host import Host
 
 _ANSWER_S = 5.0  # a host that is silent for longer may be lost with its node
+_END_S = 25.0  # a host itself waits 20 s for a process that was killed
 _DECLARE_S = 60.0  # for Ray to declare that node dead
 
 
@@ -114,10 +115,10 @@ class Places:
         Choosing sizes before that would count on a node that is no more.
         """
         asked = {id_: held.actor.end.remote() for id_, held in self._held.items()}
-        lost, deadline = [], time.monotonic() + _DECLARE_S
+        lost, deadline, answer = [], time.monotonic() + _DECLARE_S, time.monotonic() + _END_S
         for id_, ref in asked.items():
             try:
-                ray.get(ref, timeout=_ANSWER_S + 20)  # the host itself waits 20 s for a process
+                ray.get(ref, timeout=max(answer - time.monotonic(), 0.1))
             except (RayError, GetTimeoutError):
                 node = self._held[id_].node
                 self._drop(id_)

@@ -89,6 +89,8 @@ class _Run:
                 self._failed(failure)
             except RayActorError:  # a node was lost just now
                 self._failed(self._nobody("a host was lost while the ranks started", "lost"))
+            except RayError as error:
+                self._failed(self._nobody(f"the ranks were not started: {_last_words(error)}", "error"))
             else:
                 self.places.settle()
 
@@ -254,8 +256,7 @@ class _Run:
             self.places.settle()  # a node was lost meanwhile
             return False
         except RayError as error:
-            words = (str(error).strip().splitlines() or ["no word"])[-1]
-            raise RunFailed(0, words.removeprefix("RuntimeError: "), self._dir / EVENTS) from None
+            raise RunFailed(0, _last_words(error), self._dir / EVENTS) from None
 
     def _look_for_more(self) -> None:
         """Where the cluster has more places, starts hosts there, and then asks the ranks to end with a checkpoint."""
@@ -298,6 +299,10 @@ def _facts(failure: Failed) -> dict[str, Any]:
         "host": node.machine if node else None,
         "cause": failure.cause,
     }
+
+
+def _last_words(error: RayError) -> str:
+    return (str(error).strip().splitlines() or ["no word"])[-1].removeprefix("RuntimeError: ")
 
 
 def _newest_step(run_dir: Path) -> int:

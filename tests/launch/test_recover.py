@@ -176,6 +176,14 @@ def test_groups_stay_inside_nodes_where_they_fit() -> None:
     assert owners([1, 1], 1, 2) == [0, 1]
 
 
+def test_an_address_has_its_interface() -> None:
+    from nsa_dist.launch.worker import interface
+
+    assert interface("127.0.0.1").startswith("lo")
+    with pytest.raises(RuntimeError, match=r"no network interface of this machine has the address 192\.0\.2\.1"):
+        interface("192.0.2.1")
+
+
 def test_a_step_of_the_usual_length_is_no_hang() -> None:
     from nsa_dist.launch.watch import _Pulse
 
