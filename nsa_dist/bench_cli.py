@@ -83,7 +83,8 @@ def add_bench(whats: Any, form: Any) -> None:
     comm.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda")
     comm.add_argument("--hosts", action="store_true", help="each rank on a host of its own: a network namespace")
     comm.add_argument("--gbit", default="0", metavar="X", help="Gbit/s that a host sends at most (0: no limit)")
-    comm.add_argument("--repeats", default="3", metavar="R", help="timed runs; the median counts (3)")
+    comm.add_argument("--repeats", default="3", metavar="R", help="timed runs; the median counts (3); 0: no times")
+    comm.add_argument("--timeout-s", default="600", metavar="S", help="of one exchange's measurement (600)")
     comm.add_argument("--json", type=Path, metavar="FILE", help="writes a JSON line for each measurement")
     gpus = add("gpus", _gpus, "all of it on the GPUs of this machine", description=_GPUS, epilog=_GPUS_EPILOG)
     gpus.add_argument("--gpus", default="0", metavar="N", help="how many at most (all)")
@@ -159,7 +160,9 @@ def _comm(args: argparse.Namespace, console: Console) -> None:
         gbit = 0.0 if args.gbit == "0" else float(numbers("--gbit", args.gbit, 1)[0])
     elif args.gbit != "0":
         raise ConfigError(f"--gbit {args.gbit}: needs --hosts")
-    bench_comm(cases, device, numbers("--repeats", args.repeats, 1)[0], args.json, console.say, gbit)
+    repeats = 0 if args.repeats == "0" else numbers("--repeats", args.repeats, 1)[0]
+    timeout_s = numbers("--timeout-s", args.timeout_s, 1)[0]
+    bench_comm(cases, device, repeats, args.json, console.say, gbit, timeout_s)
 
 
 def _span(args: argparse.Namespace) -> Any:

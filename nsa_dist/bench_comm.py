@@ -81,8 +81,9 @@ def bench_comm(
     file: Path | None,
     say: Callable[[str], None],
     gbit: float | None = None,
+    timeout_s: float = 600,
 ) -> list[Row]:
-    """Runs every case; each row is printed and written when it is known.
+    """Runs every case; each row is printed and written when it is known. repeats 0: times nothing.
 
     Under torchrun on the processes that are there, else on processes of this machine. gbit: each rank on a host of
     its own that sends at most so many Gbit/s (0: no limit); rows then hold `gbit`. Raises ConfigError for more ranks
@@ -91,25 +92,25 @@ def bench_comm(
     if under_torchrun(os.environ):
         if gbit is not None:
             raise ConfigError("--hosts: torchrun has placed the ranks already")
-        return _under_torchrun(cases, device, repeats, file, say)
+        return _under_torchrun(cases, device, repeats, file, say, timeout_s)
     placed = choose_device(device, max(case.ranks for case in cases), "--device")
     rows = Rows(file)
     for ranks in sorted({case.ranks for case in cases}):
         with (
             nullcontext() if gbit is None else hosts(ranks, gbit) as made,
-            Ranks(ranks, placed, hosts=made.names if made else ()) as pool,
+            Ranks(ranks, placed, timeout_s, made.names if made else ()) as pool,
         ):
             for case in [case for case in cases if case.ranks == ranks]:
                 if case.impossible:
                     say(f"  not run: {case.impossible}")
                     continue
-                row = pool.call(measure, case, repeats)[0]
+                row = pool.call(measure, case, repeats, timeout_s=timeout_s)[0]
                 say(line(rows.add(row if gbit is None else row | {"gbit": gbit})))
     return rows.rows
 
 
 def _under_torchrun(
-    cases: list[Case], device: str, repeats: int, file: Path | None, say: Callable[[str], None]
+    cases: list[Case], device: str, repeats: int, file: Path | None, say: Callable[[str], None], timeout_s: float
 ) -> list[Row]:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if any(case.ranks != world_size for case in cases):
@@ -117,7 +118,7 @@ def _under_torchrun(
     local_rank = int(os.environ["LOCAL_RANK"])
     placed = choose_device(device, int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1)), "--device")
     rows = Rows(file if rank == 0 else None)
-    with process_group(torchrun_store(), rank, world_size, placed, local_rank, 600):
+    with process_group(torchrun_store(), rank, world_size, placed, local_rank, timeout_s):
         mesh = make_mesh(1, world_size, 0, placed)
         for case in cases:
             if case.impossible:
@@ -149,11 +150,13 @@ def measure(mesh: Mesh, case: Case, repeats: int) -> Row:
         exposed.append(sum(totals.exposed_s for totals in axis.ledger.take().values()))
     row: Row = {key: value for key, value in asdict(case).items() if key != "trace"}
     row |= traffic_row(tables, case.tokens, case.sizes)
-    forward, backward = (statistics.median(x) for x in zip(*times, strict=True))
-    row |= {"forward_ms": 1e3 * forward, "backward_ms": 1e3 * backward}
-    row["tokens_per_s"] = case.tokens / (forward + backward)
-    row |= _communication(layer, axis, device, statistics.median(exposed))
-    row |= {"peak_bytes_mean": float(np.mean(every(peak_bytes))), "peak_bytes_max": max(every(peak_bytes))}
+    if times:
+        forward, backward = (statistics.median(x) for x in zip(*times, strict=True))
+        row |= {"forward_ms": 1e3 * forward, "backward_ms": 1e3 * backward}
+        row["tokens_per_s"] = case.tokens / (forward + backward)
+        row |= _communication(layer, axis, device, statistics.median(exposed))
+    peaks = every(peak_bytes)
+    row |= {"peak_bytes_mean": float(np.mean(peaks)), "peak_bytes_max": max(peaks), "peak_bytes": peaks}
     row |= {"device": device_name(device), "torch": torch.__version__, "repeats": len(times)}
     return row
 
@@ -224,13 +227,22 @@ def line(row: Row) -> str:
     of = (
         f" ({share:5.1%} of the all-gather, at most {row['share_of_allgather_max']:.1%})" if share is not None else ""
     )
+    time_ = "  not timed"
+    if "forward_ms" in row:
+        time_ = _times(row)
+    return (
+        f"  {row['exchange']:15s} P={row['ranks']} {row['layout']:10s} {row['selection']:11s} T={row['tokens']:<8d}"
+        f" received {row['received_bytes_mean'] / 2**20:9.2f} MiB{of}{time_}"
+        f"  {row['peak_bytes_max'] / 2**30:6.2f} GiB"
+    )
+
+
+def _times(row: Row) -> str:
     hidden = f"{row['hidden_ms']:.1f}" if row["hidden_ms"] is not None else "?"
     exposed = f"{row['exposed_ms']:.1f}" if row["exposed_ms"] is not None else "?"
     return (
-        f"  {row['exchange']:15s} P={row['ranks']} {row['layout']:10s} {row['selection']:11s} T={row['tokens']:<8d}"
-        f" received {row['received_bytes_mean'] / 2**20:9.2f} MiB{of}"
         f"  {row['forward_ms']:9.1f} + {row['backward_ms']:9.1f} ms, exposed {exposed}, hidden {hidden}"
-        f"  {row['tokens_per_s']:11,.0f} tok/s  {row['peak_bytes_max'] / 2**30:6.2f} GiB"
+        f"  {row['tokens_per_s']:11,.0f} tok/s"
     )
 
 

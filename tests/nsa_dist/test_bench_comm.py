@@ -128,6 +128,7 @@ def test_every_rank_ends_when_one_does(fn: object, cause: str) -> None:
         ("comm --tokens 100 --ranks 2 --layout zigzag", "--tokens 100: must be at least 193"),
         ("comm --device cuda --ranks 99 --tokens 65536", "--device=cuda: "),
         ("comm --selection trained --tokens 99999", "--tokens 99999: must be at most 65536"),
+        ("comm --timeout-s 0", "--timeout-s 0: must be a positive integer"),
         ("comm --heads 5", "--heads 5: must be a multiple of --kv-heads 2"),
         ("comm --selection trained --trace nowhere.npz", "trace 'nowhere.npz': must be an .npz file"),
         ("gpus --device cuda --gpus 99", "--device=cuda: "),
