@@ -22,7 +22,7 @@ CHOICES = {
     "train.dtype": ("float32", "bfloat16", "float64"),
     "train.schedule": ("cosine", "constant_decay"),
     "train.activation_checkpoint": ("none", "layer"),
-    "parallel.layout": ("contiguous", "zigzag"),
+    "parallel.layout": ("contiguous", "zigzag", "uneven", "auto"),
     "parallel.exchange": ("nsa", "allgather", "allgather_heads", "groupcast", "ulysses"),
     "parallel.full_exchange": ("ring", "allgather", "ulysses"),
     "parallel.grad_dtype": ("float32", "bfloat16", "float64"),
@@ -122,7 +122,7 @@ class ParallelConfig:
     dp: Any = 1  # sequences at a time; auto: as many as there is room for, see nsa_dist.auto
     cp: Any = 1  # ranks that share a sequence; or auto
     shard: int = 0  # ranks that share one copy of the parameters; 0: all
-    layout: str = "contiguous"
+    layout: str = "contiguous"  # uneven: contiguous parts of equal work; auto: the fastest for each sequence
     exchange: str = "nsa"  # of NSA layers
     full_exchange: str = "ring"  # of full-attention layers
     exchange_max_bytes: int = 0  # of fetched KV held at a time in a layer; 0: no bound

@@ -26,8 +26,8 @@ class MetricsWriter:
 
     Lines of steps after `start_step` are dropped first: a resumed run makes them again. A record holds `step,
     loss, grad_norm, tokens, lr, step_s, tokens_per_s`, `comm: {kind: {forward|backward: {sent_bytes|
-    received_bytes: {mean, max}}}, rivals: {name: {kind: …}}}`, and where known `validation: {loss, …}`,
-    `memory_bytes`, `memory_total_bytes`, `mfu`.
+    received_bytes: {mean, max}}}, rivals: {name: {kind: …}}}`, and where known `balance: {predicted_imbalance,
+    measured_imbalance}`, `validation: {loss, …}`, `memory_bytes`, `memory_total_bytes`, `mfu`.
     """
 
     def __init__(self, run_dir: str | Path, start_step: int, say: Callable[[str], None]) -> None:
@@ -145,6 +145,7 @@ def _scalars(record: dict[str, Any]) -> dict[str, float]:
         if key.count(".") == 3:
             kind, phase, direction, statistic = key.split(".")
             scalars[f"comm/{kind}_{phase}_{direction.removesuffix('_bytes')}_{statistic}_bytes"] = value
+    scalars |= {f"balance/{name}": value for name, value in record.get("balance", {}).items()}
     share = share_of_allgather(record)
     if share is not None:
         scalars["comm/received_share_of_allgather"] = share

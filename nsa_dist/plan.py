@@ -12,14 +12,15 @@ import numpy as np
 
 from nsa_dist.cluster import FREE, Cluster
 from nsa_dist.config import CHOICES, Config, ConfigError, check_config, layer_kinds, nsa_spec
+from nsa_dist.cuts import Cutter, dense_flops
 from nsa_dist.kernels.packing import Packing
 from nsa_dist.parallel.balance import branch_flops, by_rank, imbalance
-from nsa_dist.parallel.layout import make_layout
+from nsa_dist.parallel.layout import LAYOUTS
 from nsa_dist.parallel.plan import Floats
 from nsa_dist.parallel.traffic import Traffic, TrafficModel, add_traffic
 from nsa_dist.plan_memory import Part, memory
 from nsa_dist.plan_selection import Selections
-from nsa_dist.plan_traffic import Shapes, Unit, layer_traffic, make_units, parameter_shapes, parameter_traffic
+from nsa_dist.plan_traffic import Shapes, layer_traffic, make_units, parameter_shapes, parameter_traffic
 from nsa_dist.rivals import layer_sizes
 
 _SAME = 0.01  # step times that differ by less than this share are the same: then less memory decides
@@ -94,7 +95,7 @@ def _choices(config: Config, cluster: Cluster) -> Iterator[Config]:
         most = cluster.gpus // cp
         dp = max(n for n in range(1, most + 1) if config.data.batch_size % n == 0)
         shard = config.parallel.shard if config.parallel.shard and dp * cp % config.parallel.shard == 0 else 0
-        for layout in CHOICES["parallel.layout"] if cp > 1 else ("contiguous",):
+        for layout in (*LAYOUTS, "uneven") if cp > 1 else ("contiguous",):
             parallel = replace(config.parallel, cp=cp, dp=dp, layout=layout, shard=shard)
             try:
                 yield check_config(replace(config, parallel=parallel))
@@ -113,7 +114,7 @@ class Cut:
         world = parallel.dp * parallel.cp
         self.vocabulary, self.passes = vocabulary, config.data.batch_size // parallel.dp
         packing = Packing(np.array([0, config.data.seq_len]), spec)
-        layout = make_layout(parallel.layout, packing.tokens, parallel.cp, spec.select_block)
+        layout = Cutter(config, vocabulary).layout(packing)
         nodes = cluster.nodes(world)
         self.model = TrafficModel(packing, layout, layer_sizes(config), nodes[: parallel.cp])
         self.units = make_units(shapes, parallel.shard or world)
@@ -179,7 +180,8 @@ def _times(config: Config, cluster: Cluster, cut: Cut) -> tuple[Floats, Floats, 
         "full": work["full"],
         "window": work["window"],
     }
-    compute = cut.model.rows.astype(np.float64) * _dense_flops(config, cut.units) / (cluster.tflops * 1e12)
+    dense = dense_flops(config, sum(u.numbers for u in cut.units[:-1]), cut.units[-1].numbers)
+    compute = cut.model.rows.astype(np.float64) * dense / (cluster.tflops * 1e12)
     compute += sum((layer[kind] for kind in cut.kinds), np.zeros(ranks))
     exposed, hidden, cover = np.zeros(ranks), np.zeros(ranks), _covers(config, cut.model, work)
     # Parameters of a layer travel while another one is worked on.
@@ -213,14 +215,6 @@ def _covers(config: Config, model: TrafficModel, work: dict[str, Floats]) -> dic
         else {},
         "window": {},
     }
-
-
-def _dense_flops(config: Config, units: list[Unit]) -> float:
-    """Of a token in all that isn't attention: 2 a parameter in the forward, 4 in the backward, 2 more for what is
-    computed again: the logits, and under checkpointing the layers. The embedding is looked up, not multiplied."""
-    layers = sum(u.numbers for u in units[:-1])
-    head = units[-1].numbers // (1 if config.model.tie_embeddings else 2)
-    return layers * (8 if config.train.activation_checkpoint == "layer" else 6) + head * 8
 
 
 def _seconds(cluster: Cluster, flow: Any) -> Floats:

@@ -18,8 +18,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from nsa_dist.config import CHOICES, Config, ConfigError, config_from_dict, layer_kinds
+from nsa_dist.config import Config, ConfigError, config_from_dict, layer_kinds
 from nsa_dist.metrics import APART, FILE, FULL_KV, GIB, read_metrics
+from nsa_dist.parallel.layout import LAYOUTS
 from nsa_dist.parallel.ledger import KINDS, PHASES
 from nsa_dist.parallel.traffic import Sizes
 from nsa_dist.rivals import DTYPES, RIVALS
@@ -123,6 +124,7 @@ def describe(run: Run) -> Lines:
         "speed": f"{tokens / seconds:,.0f} tokens/s, {median(r['step_s'] for r in records):.2f} s a step (median), "
         f"peak memory {max(r.get('memory_bytes', 0) for r in records) / GIB:.2f} GiB (rank 0)",
         "loss": f"{losses[0]:.4f} -> {losses[-1]:.4f}; mean of the last {len(last)}: {fmean(last):.4f}",
+        **_balance(records),
         **_validation(records),
         "events": _events(run.events),
     }
@@ -167,6 +169,14 @@ def _steps(run: Run) -> str:
     planned = [e["steps"] for e in run.events if e.get("kind") == "training" and "steps" in e]
     begun = f"{first} to {last}" if first > 1 else f"{last}"
     return f"{begun} of {planned[-1] if planned else run.config.train.steps}"
+
+
+def _balance(records: list[dict[str, Any]]) -> dict[str, str]:
+    """Of runs on several ranks, mean over steps: the busiest rank's work over the mean rank's."""
+    names = {"predicted_imbalance": "by the cost model", "measured_imbalance": "measured (CPU time)"}
+    found = {name: [r["balance"][name] for r in records if name in r.get("balance", {})] for name in names}
+    parts = [f"{fmean(values):.3f} {names[name]}" for name, values in found.items() if values and max(values) > 1]
+    return {"balance": f"the busiest rank's work over the mean: {', '.join(parts)}"} if parts else {}
 
 
 def _validation(records: list[dict[str, Any]]) -> dict[str, str]:
@@ -356,7 +366,7 @@ def trace_sizes(kv_heads: int, grad_dtype: str) -> Sizes:
 def at_64k(config: Config) -> Lines:
     """The run's layout, and the other one in short, under a trained model's selections. Computed."""
     sizes = trace_sizes(load_needs(NEEDS_64K).kv_heads, config.parallel.grad_dtype)
-    layout = config.parallel.layout
+    layout = config.parallel.layout if config.parallel.layout in LAYOUTS else LAYOUTS[0]
     trace = trace_traffic(NEEDS_64K, layout, _TRACE_RANKS, sizes)
     by_name = trace_exchanges(trace)
     base = full_kv(by_name["allgather"])
@@ -382,7 +392,7 @@ def at_64k(config: Config) -> Lines:
         "",
         *split_table(*three, base),
         f"The blocks that a rank's queries select are {_visible(*three):.1%} of those causally visible to it.",
-        *(line for o in CHOICES["parallel.layout"] if o != layout for line in wrapped(_short(o, sizes))),
+        *(line for o in LAYOUTS if o != layout for line in wrapped(_short(o, sizes))),
     ]
 
 

@@ -10,24 +10,25 @@ import socket
 import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from nsa_dist.agree import check_data, check_same, check_step
 from nsa_dist.checkpoint import Checkpointer, NotWrittenError, restore_random, training_state
 from nsa_dist.config import Config, ConfigError, nsa_spec
+from nsa_dist.cuts import Cutter
 from nsa_dist.data import IGNORED, Corpus, Packed, prepare_all
 from nsa_dist.kernels.packing import Ints, Packing
 from nsa_dist.metrics import MetricsWriter, memory_bytes, progress
 from nsa_dist.model import Decoder
+from nsa_dist.parallel.balance import imbalance
 from nsa_dist.parallel.exchange import all_gather, all_reduce
-from nsa_dist.parallel.layout import make_layout
 from nsa_dist.parallel.ledger import as_table, summarise
 from nsa_dist.parallel.mesh import Mesh, make_mesh
 from nsa_dist.parallel.parameters import clip_gradients, shard_parameters
@@ -61,14 +62,13 @@ def train(config: Config, resume: Resume, report: Report, skip: Collection[int] 
     Raises TrainingError for a loss or gradient that is not finite, ConfigError for a checkpoint that doesn't fit.
     """
     device = torch.device(config.launch.device)
+    check_same(config)
     mesh = make_mesh(config.parallel.dp, config.parallel.cp, config.parallel.shard, device.type)
     first = mesh.world.rank == 0
 
     def say(text: str) -> None:
         if first:
             report({"kind": "say", "text": text})
-
-    check_same(config)
 
     def written() -> None:
         """Waits for the checkpoint under way. One that could not be written is told: the next one is due anyway."""
@@ -91,6 +91,7 @@ def train(config: Config, resume: Resume, report: Report, skip: Collection[int] 
         saver.save(step, state, numbers)
 
     corpus, held_out = prepare_all(config.data, say)  # on a node that the launcher isn't on
+    check_data(corpus.meta["sha256"], corpus.vocab_size)
     reader = Reader(config, mesh, device)
     model, optimizer = build(config, corpus.vocab_size, mesh, device)
     state = training_state(model, optimizer)
@@ -116,10 +117,11 @@ def train(config: Config, resume: Resume, report: Report, skip: Collection[int] 
     def one_step(step: int) -> dict[str, Any]:
         """Takes a step; its line of metrics."""
         nonlocal waited
-        began = time.perf_counter()
+        began, worked = time.perf_counter(), time.process_time()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
         batches = reader.training(corpus, step)
+        check_step(mesh, step, [batch.sequence for batch in batches])
         loss, rivals = forward_backward(config, model, batches, mesh)
         norm = clip_gradients(model.parameters(), mesh, config.train.clip)
         if problem := not_finite(config, step, loss, norm, saved):
@@ -129,12 +131,14 @@ def train(config: Config, resume: Resume, report: Report, skip: Collection[int] 
         optimizer.step()
         optimizer.zero_grad()
 
+        worked = time.process_time() - worked
         comm, waited = traffic_record(mesh, rivals)
+        balance = balance_record(mesh, reader.costs(batches), worked)
         seconds = time.perf_counter() - began
         tokens = sum(batch.sequence.packing.tokens for batch in batches) * mesh.dp.size
         record: dict[str, Any] = {"step": step, "loss": loss, "grad_norm": norm, "tokens": tokens}
         record |= {"lr": learning_rate(config, step), "step_s": seconds, "tokens_per_s": tokens / seconds}
-        return record | {"memory_bytes": memory_bytes(), "comm": comm}
+        return record | {"memory_bytes": memory_bytes(), "balance": balance, "comm": comm}
 
     report({"kind": "busy", "what": "first step", "step": start})
     for step in range(start + 1, steps + 1):
@@ -165,20 +169,6 @@ def train(config: Config, resume: Resume, report: Report, skip: Collection[int] 
     if writer:
         writer.close()
     return done == steps
-
-
-def check_same(config: Config) -> None:
-    """Raises ConfigError on all ranks, naming key and rank, where the ranks' configurations differ."""
-    every: list[dict[str, Any] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, asdict(config))
-    for rank, other in enumerate(every):
-        assert every[0] is not None and other is not None
-        for section, values in every[0].items():
-            for name, value in values.items():
-                if other[section][name] != value:
-                    raise ConfigError(
-                        f"{section}.{name}={other[section][name]} on rank {rank}: must be {value} as on rank 0"
-                    )
 
 
 def build(config: Config, vocab_size: int, mesh: Mesh, device: torch.device) -> tuple[Decoder, torch.optim.AdamW]:
@@ -216,6 +206,19 @@ class Reader:
     def __init__(self, config: Config, mesh: Mesh, device: torch.device) -> None:
         self.config, self.mesh, self.device = config, mesh, device
         self.spec, self.grad_dtype = nsa_spec(config.nsa), grad_dtype(config)
+        self._cutters: dict[int, Cutter] = {}  # by the vocabulary
+
+    def cutter(self, corpus: Corpus) -> Cutter:
+        vocabulary = self.config.model.vocab_size or corpus.vocab_size
+        if vocabulary not in self._cutters:
+            self._cutters[vocabulary] = Cutter(self.config, vocabulary)
+        return self._cutters[vocabulary]
+
+    def costs(self, batches: list[Batch]) -> float:
+        """This rank's operations in the batches, by the cost model."""
+        (cutter,) = self._cutters.values()
+        cuts = [(batch.sequence.packing, batch.sequence.layout) for batch in batches]
+        return sum(float(cutter.work(*cut)[self.mesh.cp.rank]) for cut in cuts)
 
     def training(self, corpus: Corpus, step: int) -> list[Batch]:
         """The sequences of one step that this rank's place on the dp axis works on, one after the other."""
@@ -235,7 +238,7 @@ class Reader:
 
     def _batch(self, corpus: Corpus, packed: Packed, counts: bool = True) -> Batch:
         packing, axis = Packing(packed.cu_seqlens, self.spec), self.mesh.cp
-        layout = make_layout(self.config.parallel.layout, packing.tokens, axis.size, self.spec.select_block)
+        layout = self.cutter(corpus).layout(packing)
         sequence = ShardedSequence(packing, layout, axis, self.device, self.grad_dtype)
         ranges = [(int(a), int(b)) for a, b in layout.segments(axis.rank)]
         tokens, labels = corpus.read(packed, ranges)
@@ -288,6 +291,15 @@ def traffic_record(mesh: Mesh, rivals: Ints) -> tuple[dict[str, Any], float]:
     possible = {name: every[:, i + 1] for i, name in enumerate(RIVALS) if (every[:, i + 1] >= 0).all()}
     comm["rivals"] = {name: summarise(table) for name, table in possible.items()}
     return comm, sum(totals.exposed_s for totals in taken.values())
+
+
+def balance_record(mesh: Mesh, predicted: float, worked_s: float) -> dict[str, float]:
+    """The busiest rank's work over the mean: by the cost model, and where ranks compute on CPUs as it was."""
+    own = torch.tensor([predicted, worked_s], dtype=torch.float64, device=home(mesh))
+    every = all_gather(mesh.world, own, "control", "forward").wait().cpu().numpy()
+    mesh.ledger.take()  # this gathering is no part of any step
+    found = {"predicted_imbalance": imbalance(every[:, 0])}
+    return found if own.is_cuda else found | {"measured_imbalance": imbalance(every[:, 1])}
 
 
 def any_rank(mesh: Mesh, flag: bool, device: torch.device) -> bool:

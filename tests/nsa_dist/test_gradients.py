@@ -67,7 +67,7 @@ def one_rank(recipe: Path) -> list[Gradients]:
     return results
 
 
-@pytest.mark.parametrize(("cp", "dp", "layout"), [(2, 2, "contiguous"), (3, 1, "zigzag"), (6, 1, "contiguous")])
+@pytest.mark.parametrize(("cp", "dp", "layout"), [(2, 2, "auto"), (3, 1, "zigzag"), (6, 1, "uneven")])
 def test_every_gradient_is_that_of_one_rank(
     recipe: Path, one_rank: list[Gradients], cp: int, dp: int, layout: str
 ) -> None:

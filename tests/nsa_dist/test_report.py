@@ -78,6 +78,18 @@ def figures(lines: list[str], name: str, after: str) -> list[float]:
     return [float(cell.removesuffix("%")) for cell in cells if cell not in ("KiB", "MiB")]
 
 
+def test_balance_is_told_where_there_is_any(make_run: Callable[..., Path]) -> None:
+    folder = make_run([comm(1), comm(1)])
+    assert not any(line.strip().startswith("balance") for line in printed(folder))
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    for record, measured in zip(records, (1.2, 1.4), strict=True):
+        record["balance"] = {"predicted_imbalance": 1.25, "measured_imbalance": measured}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    (line,) = [line for line in printed(folder) if line.strip().startswith("balance")]
+    assert "1.250 by the cost model, 1.300 measured (CPU time)" in line
+
+
 def test_printed_figures_are_those_of_the_run(make_run: Callable[..., Path]) -> None:
     lines = printed(make_run([comm(1.0), comm(2.0)]))
     own, rivals = "Traffic of this run", "Against other"

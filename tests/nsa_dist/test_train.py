@@ -207,7 +207,9 @@ def train_apart(config: Config) -> None:
 def test_ranks_with_other_configurations_are_named(recipe: Path, tmp_path: Path) -> None:
     config = configure(recipe, "parallel.cp=2", f"run.dir={tmp_path}")
     prepare_all(config.data, lambda text: None)
-    with pytest.raises(pytest.fail.Exception, match=r"train.lr=1.0 on rank 1: must be 0.003 as on rank 0"):
+    with pytest.raises(
+        pytest.fail.Exception, match=r"train.lr=0.003 on rank 0, 1.0 on rank 1: must be the same on all of them"
+    ):
         run_ranks(2, train_apart, config)
 
 
