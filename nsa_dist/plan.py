@@ -204,7 +204,6 @@ def _covers(config: Config, model: TrafficModel, work: dict[str, Floats]) -> dic
     return {
         "nsa": {
             ("compressed", "forward"): work["window"] * forward,
-            ("bitmap", "forward"): local * forward,
             ("selected", "forward"): local * forward,
             ("compressed", "backward"): (work["window"] + work["selected"]) * backward,
             ("window_halo", "backward"): work["selected"] * backward,

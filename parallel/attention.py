@@ -19,7 +19,7 @@ from nsa_dist.kernels.selected import head_rows
 from nsa_dist.parallel import block_plan
 from nsa_dist.parallel.block_plan import BlockPlan, Wanted
 from nsa_dist.parallel.exchange import Pending, all_gather
-from nsa_dist.parallel.fetch import Fetch, Returning
+from nsa_dist.parallel.fetch import Fetch, Fetching, Returning
 from nsa_dist.parallel.operator import Operation
 from nsa_dist.parallel.sequence import Gather, ShardedSequence
 
@@ -60,14 +60,18 @@ class NSAExchange(Operation):
         if self.prescribed is not None:
             picks = self.prescribed.clone()  # an operator's output is no tensor of somebody else's
 
-        sent_bits = self._start_bitmaps(picks)
+        # The one time that the host waits for the device: the plan follows from the bitmaps. Blocks travel while
+        # the local ones are worked on.
+        bits = self._start_bitmaps(picks).wait().cpu()
         rows = head_rows(k_slc), head_rows(v_slc)
+        rounds = [Fetch(seq, plan) for plan in self._plans(bits, k_slc, v_slc)]
+        sent = rounds[0].start(torch.cat(rows, dim=-1), "selected", "forward")
         own = seq.local_blocks(k_slc.shape[1])
         o_slc, lse_slc = local.selected_forward(q, *rows, picks, seq.token_S, own, scale)
-        bits = sent_bits.wait().cpu()
-        rounds = [Fetch(seq, plan) for plan in self._plans(bits, k_slc, v_slc)]
-        for fetch in rounds:
-            fetched = fetch.start(torch.cat(rows, dim=-1), "selected", "forward").wait()
+        for i, fetch in enumerate(rounds):
+            if i:
+                sent = fetch.start(torch.cat(rows, dim=-1), "selected", "forward")
+            fetched = sent.wait()
             buffer = fetch.rows(fetched, k_slc.shape[2])
             part = local.selected_forward(q, *buffer, picks, seq.token_S, fetch.index, scale)
             o_slc, lse_slc = merge(o_slc, lse_slc, *part)
@@ -81,6 +85,9 @@ class NSAExchange(Operation):
         _, o_cmp, o_slc, o_win, lse_cmp, lse_slc, lse_win, picks, bits, got_cmp, got_win, kept = outputs
         seq, scale, local = self.sequence, self.scale, implementation(q)
         outs, lses = [o_cmp, o_slc, o_win], [lse_cmp, lse_slc, lse_win]
+        # What wasn't kept comes again while the other branches are worked on.
+        rounds = [Fetch(seq, plan) for plan in self._plans(bits, k_slc, v_slc, last=True)]
+        again = self._fetch_again(rounds[0], k_slc, v_slc) if len(rounds) > 1 else None
         d_gates, (cmp, slc, win) = gated_branches(local, grad, gates, outs, lses)
 
         compressed = unpack(seq.compressed.buffer(pack(k_cmp, v_cmp), got_cmp), k_cmp, v_cmp)
@@ -93,7 +100,7 @@ class NSAExchange(Operation):
         own_win, sent_win = seq.window_halo.start_return(pack(*d_win))
 
         # What others computed for our rows comes back while we do our own part.
-        own_slc, returned = self._selected_backward(slc, inputs, picks, bits, kept, dq)
+        own_slc, returned = self._selected_backward(slc, inputs, picks, rounds, again, kept, dq)
         home_cmp = unpack(seq.compressed.finish(own_cmp, sent_cmp), k_cmp, v_cmp)
         home_win = unpack(seq.window_halo.finish(own_win, sent_win), k_win, v_win)
         for returning in returned:
@@ -107,7 +114,8 @@ class NSAExchange(Operation):
         branch: BranchGrad,
         inputs: Sequence[Tensor],
         picks: Tensor,
-        bits: Tensor,
+        rounds: list[Fetch],
+        again: Fetching | None,
         kept: Tensor,
         dq: Tensor,
     ) -> tuple[Tensor, list[Returning]]:
@@ -115,18 +123,20 @@ class NSAExchange(Operation):
         q, k, v = inputs[0], *inputs[3:5]
         seq, local = self.sequence, implementation(q)
         rows = head_rows(k), head_rows(v)
-        rounds = [Fetch(seq, plan) for plan in self._plans(bits, k, v, last=True)]
         returned = []
-        for fetch in rounds:
-            fetched = kept
-            if len(rounds) > 1:
-                fetched = fetch.start(torch.cat(rows, dim=-1), "refetch", "backward").wait()
+        for i, fetch in enumerate(rounds):
+            if i:
+                again = self._fetch_again(fetch, k, v)
+            fetched = again.wait() if again else kept
             buffer = fetch.rows(fetched, k.shape[2])
             _, *d_rows = local.selected_backward(branch, q, *buffer, picks, seq.token_S, fetch.index, self.scale, dq)
             returned.append(fetch.start_return(*d_rows))
         index = seq.local_blocks(k.shape[1])
         _, *d_rows = local.selected_backward(branch, q, *rows, picks, seq.token_S, index, self.scale, dq)
         return torch.cat(d_rows, dim=-1), returned
+
+    def _fetch_again(self, fetch: Fetch, k: Tensor, v: Tensor) -> Fetching:
+        return fetch.start(torch.cat([head_rows(k), head_rows(v)], dim=-1), "refetch", "backward")
 
     def _start_bitmaps(self, picks: Tensor) -> Pending:
         """Starts gathering [P, G, ceil(NB / 8)] bits (numpy's order): which blocks a rank's queries selected."""

@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nsa_dist.kernels.packing import Ints, on_device
+from nsa_dist.kernels.packing import Ints
 from nsa_dist.parallel.mesh import Axis
-from nsa_dist.parallel.plan import RowPlan
 
 
 @dataclass
@@ -35,30 +33,17 @@ class Pending:
         return self.result
 
 
-def send_rows(axis: Axis, x_NF: Tensor, plan: RowPlan, kind: str, phase: str) -> Pending:
-    """Starts sending rows of x by the plan. The result: rows [M, F] in the plan's order of arrival."""
-    index = on_device(plan.send_rows, x_NF.device)
-    return exchange(axis, x_NF[index], plan.send_counts, plan.recv_counts, kind, phase)
+def add_returned(total_NF: Tensor, returned: Tensor, rows: Tensor, counts: Ints) -> Tensor:
+    """Adds to the gradients of rows, in place, those that came back: `rows` were sent, counts[r] of them to rank r.
 
-
-def return_rows(
-    axis: Axis, grad_MF: Tensor, plan: RowPlan, dtype: torch.dtype, kind: str, phase: str = "backward"
-) -> Pending:
-    """Starts sending the gradients of received rows back to their owners, as `dtype`. For `add_returned`."""
-    return exchange(axis, grad_MF.to(dtype), plan.recv_counts, plan.send_counts, kind, phase)
-
-
-def add_returned(axis: Axis, own_NF: Tensor, returned: Tensor, plan: RowPlan) -> Tensor:
-    """Adds to the gradients of own rows, in place, those that came back, rank after rank.
-
-    No row occurs twice in one rank's part, so that the sums have one order without atomics. `own_NF` is at
-    least float32, and so are the sums.
+    Rank after rank: no row occurs twice in one rank's part, so that the sums have one order without atomics. `total`
+    is at least float32, and so are the sums.
     """
-    parts = returned.split(plan.send_counts.tolist())
-    for rows, part in zip(plan.parts, parts, strict=True):
-        if len(rows):
-            own_NF.index_add_(0, on_device(rows, own_NF.device), part.to(own_NF.dtype))
-    return own_NF
+    sizes = counts.tolist()
+    for at, part in zip(rows.split(sizes), returned.split(sizes), strict=True):
+        if len(at):
+            total_NF.index_add_(0, at, part.to(total_NF.dtype))
+    return total_NF
 
 
 def exchange(axis: Axis, x: Tensor, send: Ints, receive: Ints, kind: str, phase: str) -> Pending:

@@ -8,7 +8,7 @@ from torch import Tensor
 from nsa_dist.kernels.packing import on_device
 from nsa_dist.kernels.selected import BlockIndex
 from nsa_dist.parallel.block_plan import BlockPlan, Hop, Runs
-from nsa_dist.parallel.exchange import Pending, exchange
+from nsa_dist.parallel.exchange import Pending, add_returned, exchange
 from nsa_dist.parallel.sequence import ShardedSequence
 
 
@@ -78,9 +78,12 @@ class Returning:
         """Adds to the gradients of own rows, at least float32, what came back, rank after rank."""
         plan, pending = self.fetch.plan, self.pending
         if plan.relay is not None:
-            add_runs(self.first, pending.wait(), plan.relay)
+            self._add(self.first, pending, plan.relay)
             pending = self._send(self.first, plan.direct)
-        add_runs(own, pending.wait(), plan.direct)
+        self._add(own, pending, plan.direct)
+
+    def _add(self, total: Tensor, pending: Pending, hop: Hop) -> None:
+        add_returned(total, pending.wait(), run_rows(hop.send, total.device), hop.send_counts)
 
     def _send(self, grad: Tensor, hop: Hop) -> Pending:
         sequence = self.fetch.sequence
@@ -90,17 +93,6 @@ class Returning:
 
 def _received(hop: Hop | None) -> int:
     return int(hop.recv_counts.sum()) if hop else 0
-
-
-def add_runs(total: Tensor, returned: Tensor, hop: Hop) -> None:
-    """Adds the gradients of the rows that a hop sent, in place, rank after rank.
-
-    No row occurs twice in one rank's part, so that the sums have one order without atomics.
-    """
-    counts = hop.send_counts.tolist()
-    for rows, part in zip(run_rows(hop.send, total.device).split(counts), returned.split(counts), strict=True):
-        if len(rows):
-            total.index_add_(0, rows, part.to(total.dtype))
 
 
 def run_rows(runs: Runs, device: torch.device) -> Tensor:

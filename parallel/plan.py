@@ -5,7 +5,6 @@ A row plan moves whole items (halos, compressed tokens, full KV). Block plans, o
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,11 +25,6 @@ class RowPlan:
     send_counts: Ints  # [P]
     recv_counts: Ints  # [P]
     recv_items: Ints  # the items that arrive, owner after owner
-
-    @cached_property
-    def parts(self) -> list[Ints]:
-        """The rows sent to each rank."""
-        return np.split(self.send_rows, np.cumsum(self.send_counts)[:-1])
 
 
 def row_plan(layout: Layout, needs: Needs, rank: int) -> RowPlan:

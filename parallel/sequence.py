@@ -18,7 +18,7 @@ from nsa_dist.kernels.select import Admitted
 from nsa_dist.kernels.selected import BlockIndex, block_index
 from nsa_dist.kernels.tiled import Ranges, window_ranges
 from nsa_dist.parallel import needs
-from nsa_dist.parallel.exchange import Pending, add_returned, return_rows, send_rows
+from nsa_dist.parallel.exchange import Pending, add_returned, exchange
 from nsa_dist.parallel.layout import Layout
 from nsa_dist.parallel.mesh import Axis
 from nsa_dist.parallel.plan import Pieces, RowPlan, make_pieces, row_plan
@@ -33,12 +33,16 @@ class Gather:
     plan: RowPlan
     items: Ints  # of the buffer
     order: Tensor  # the buffer's rows in [own; received]
+    send: Tensor  # the plan's own rows, on the device once and for all layers
     kind: str
     grad_dtype: torch.dtype
 
     def start(self, x_NF: Tensor) -> Pending:
         """Starts fetching; the result, the received rows, goes to `buffer`."""
-        return send_rows(self.axis, x_NF, self.plan, self.kind, "forward")
+        return self.start_as(x_NF, self.kind, "forward")
+
+    def start_as(self, x_NF: Tensor, kind: str, phase: str) -> Pending:
+        return exchange(self.axis, x_NF[self.send], self.plan.send_counts, self.plan.recv_counts, kind, phase)
 
     def buffer(self, x_NF: Tensor, received: Tensor) -> Tensor:
         return torch.cat([x_NF, received])[self.order]
@@ -48,11 +52,12 @@ class Gather:
         both = torch.empty_like(grad_buffer)
         both[self.order] = grad_buffer
         own, others = both.split([len(both) - int(self.plan.recv_counts.sum()), int(self.plan.recv_counts.sum())])
-        return own, return_rows(self.axis, others, self.plan, self.grad_dtype, self.kind)
+        counts = self.plan.recv_counts, self.plan.send_counts
+        return own, exchange(self.axis, others.to(self.grad_dtype), *counts, self.kind, "backward")
 
     def finish(self, own: Tensor, pending: Pending) -> Tensor:
         """The gradient of the own rows, summed over ranks in their order."""
-        return add_returned(self.axis, own, pending.wait(), self.plan)
+        return add_returned(own, pending.wait(), self.send, self.plan.send_counts)
 
 
 class ShardedSequence:
@@ -160,5 +165,5 @@ class ShardedSequence:
         plan = row_plan(layout, wanted, self.axis.rank)
         both = np.concatenate([layout.own(self.axis.rank), plan.recv_items])
         order = np.argsort(both, kind="stable")
-        at = on_device(order, self.device)
-        return Gather(self.axis, plan, both[order], at, kind, self.grad_dtype)
+        at, send = on_device(order, self.device), on_device(plan.send_rows, self.device)
+        return Gather(self.axis, plan, both[order], at, send, kind, self.grad_dtype)

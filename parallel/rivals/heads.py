@@ -17,7 +17,7 @@ from nsa_dist.kernels.implementations import implementation
 from nsa_dist.kernels.packing import Ints
 from nsa_dist.kernels.selected import BlockIndex, block_index
 from nsa_dist.parallel.attention import pack, unpack
-from nsa_dist.parallel.exchange import Pending, send_rows
+from nsa_dist.parallel.exchange import Pending
 from nsa_dist.parallel.operator import Operation
 from nsa_dist.parallel.sequence import Gather, ShardedSequence
 
@@ -91,7 +91,7 @@ class HeadAllGather(Operation):
 
         def start(g: int) -> tuple[Tensor, Pending]:
             own = torch.cat([k_SGD[:, g], v_SGD[:, g]], dim=-1)
-            return own, send_rows(self.sequence.axis, own, self._gather.plan, kind, phase)
+            return own, self._gather.start_as(own, kind, phase)
 
         def heads(next_one: tuple[Tensor, Pending]) -> Iterator[tuple[Tensor, Tensor]]:
             for g in range(k_SGD.shape[1]):
