@@ -141,6 +141,12 @@ def _lost_node(drill: Drill, name: str) -> Row:
     return drill.survived(run, name, lambda: drill.cluster(nodes=1), bits=False)
 
 
+def _spot_node(drill: Drill, name: str) -> Row:
+    """A rank gets the SIGTERM that a machine's processes get before it goes."""
+    run = drill.run(name, cp="auto")
+    return drill.survived(run, name, lambda: os.kill(run.pid(1), signal.SIGTERM), bits=False)
+
+
 def _added_node(drill: Drill, name: str) -> Row:
     """From the moment in which Ray has the node."""
     run = drill.run(name, cp="auto", nodes=1, steps=LONG)
@@ -285,6 +291,7 @@ FAILURES: dict[str, Callable[[Drill, str], Row]] = {
     "killed-worker": _killed_worker,
     "hang": _hang,
     "lost-node": _lost_node,
+    "spot-node": _spot_node,
     "added-node": _added_node,
     "killed-launcher": _killed_launcher,
     "full-disk": _full_disk,

@@ -28,7 +28,7 @@ def test_the_drill_recovers_from_a_hang_and_a_killed_launcher(
 def test_unknown_failures_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["drill", "--list"]) == 0
     names = capsys.readouterr().out.split()
-    assert len(names) == 11 and "lost-node" in names
+    assert len(names) == 12 and "lost-node" in names
     assert main(["drill", "--only", "lost-nod"]) == 2
     assert "nearest: lost-node" in capsys.readouterr().err
 

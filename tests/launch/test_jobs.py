@@ -1,8 +1,7 @@
-"""Jobs as a user has them, on a cluster of two nodes: a node lost, the launcher killed, the run stopped."""
+"""Jobs as a user has them, on a cluster of two nodes: a node lost, the run stopped."""
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -18,9 +17,7 @@ from tests.launch.test_recover import configure, events, recipe, undisturbed
 __all__ = ["recipe"]  # a fixture
 
 
-def test_a_job_survives_a_lost_node_and_a_killed_launcher_and_stops_with_a_checkpoint(
-    recipe: Path, tmp_path: Path
-) -> None:
+def test_a_job_survives_a_lost_node_and_stops_with_a_checkpoint(recipe: Path, tmp_path: Path) -> None:
     environment = os.environ | {"XDG_STATE_HOME": str(tmp_path)}
 
     def ask(*words: str, status: int = 0) -> str:
@@ -37,14 +34,11 @@ def test_a_job_survives_a_lost_node_and_a_killed_launcher_and_stops_with_a_check
         assert "checked: 2 nodes have python" in ask("submit", *words)
         until(lambda: steps(run_dir) >= 7)
         kill_tree(json.loads((tmp_path / "nsa-dist" / "cluster.json").read_text())["nodes"][1])
-        until(lambda: bool(events(run_dir, "recovery")) and steps(run_dir) >= 17)
-        (launcher,) = [pid for pid, command in processes().items() if b"job\0--child" in command]
-        os.kill(launcher, signal.SIGKILL)
+        until(lambda: bool(events(run_dir, "recovery")))
         said = ask("logs", "-f", "run")
         status = json.loads(ask("status", "run", "--json"))
         assert (status["state"], status["exit_status"]) == ("SUCCEEDED", 0)
         assert "failure: rank 1 on node-1, after step" in said and "node node-1 was lost" in said
-        assert "failure: the launcher was killed by SIGKILL; it is started again (1 of 5)" in said
         assert "Traceback" not in said
         (lost,) = events(run_dir, "recovery")
         assert (lost["failure"], lost["node"], lost["ranks"]) == ("lost", "node-1", 1)
@@ -67,16 +61,6 @@ def test_a_job_survives_a_lost_node_and_a_killed_launcher_and_stops_with_a_check
 def steps(run_dir: Path) -> int:
     path = run_dir / "metrics.jsonl"
     return len(path.read_text().splitlines()) if path.exists() else 0
-
-
-def processes() -> dict[int, bytes]:
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            found[int(folder.name)] = (folder / "cmdline").read_bytes()
-        except OSError:
-            continue
-    return found
 
 
 def until(true: Callable[[], bool]) -> None:
