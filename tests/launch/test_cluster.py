@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import requests
 
-from nsa_dist.cli import main
 from nsa_dist.launch.cluster import Cluster, add_node, kill_node, running_cluster
 from nsa_dist.launch.processes import tree
 
@@ -100,36 +99,53 @@ def listening(pids: list[int]) -> set[str]:
     return {row[1].partition(":")[0] for row in rows if row[3] == "0A" and row[9] in sockets}
 
 
-def test_bad_submissions_are_one_line_and_start_nothing(
-    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))  # no cluster of this user's
-    monkeypatch.setenv("RAY_AUTH_TOKEN", cluster.token)
-    with Path("large.txt").open("wb") as file:
+# Each in turn: the words, the environment's changes, Ray's version (or none); answers with status, stdout, stderr.
+MANY = """
+import contextlib, io, json, os, sys
+import ray
+from nsa_dist.cli import main
+version, answers = ray.__version__, []
+for words, environment, pretended in json.load(sys.stdin):
+    os.environ.update(environment)
+    ray.__version__ = pretended or version
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main(words)
+    answers.append((status, out.getvalue(), err.getvalue()))
+print(json.dumps(answers))
+"""
+
+
+def test_bad_submissions_are_one_line_and_start_nothing(cluster: Cluster, tmp_path: Path) -> None:
+    with (tmp_path / "large.txt").open("wb") as file:
         file.truncate(65 * 2**20)
-    fine = [f"run.dir={tmp_path}/run", f"--address={cluster.dashboard}"]
-    cases = [
-        (["run.dir=/x/run"], "--address: no cluster of yours is up here"),
-        (["run.dir=/x/run", "--address=127.0.0.1:1"], "http://127.0.0.1:1: no Ray cluster answers there"),
-        ([*fine, "run.dir=runs/relative"], "run.dir=runs/relative: must be an absolute path"),
-        ([*fine, "parallel.dp=9", "data.batch_size=9"], "18 ranks need a CPU each, the cluster has"),
-        ([*fine, "launch.device=cuda"], "2 ranks need a GPU each, the cluster has 0"),
-        ([*fine, "data.source=large.txt"], "data.source=large.txt: 65.0 MiB; at most 64.0 MiB travel"),
-        ([*fine, "data.source=none.txt"], "data.source=none.txt: no such file or folder here"),
+    fine, right = [f"run.dir={tmp_path}/run", f"--address={cluster.dashboard}"], {"RAY_AUTH_TOKEN": cluster.token}
+    wrong, listing = {"RAY_AUTH_TOKEN": "f" * 64}, ["list", "--json", f"--address={cluster.dashboard}"]
+    cases: list[tuple[list[str], dict[str, str], str, str]] = [
+        (["run.dir=/x/run"], right, "", "--address: no cluster of yours is up here"),
+        (["run.dir=/x/run", "--address=127.0.0.1:1"], right, "", "http://127.0.0.1:1: no Ray cluster answers there"),
+        ([*fine, "run.dir=runs/relative"], right, "", "run.dir=runs/relative: must be an absolute path"),
+        ([*fine, "parallel.dp=9", "data.batch_size=9"], right, "", "18 ranks need a CPU each, the cluster has"),
+        ([*fine, "launch.device=cuda"], right, "", "2 ranks need a GPU each, the cluster has 0"),
+        ([*fine, "data.source=large.txt"], right, "", "data.source=large.txt: 65.0 MiB; at most 64.0 MiB travel"),
+        ([*fine, "data.source=none.txt"], right, "", "data.source=none.txt: no such file or folder here"),
+        (fine, right, "2.1.0", ", 2.1.0 here; must be equal"),
+        (fine, wrong, "", "a wrong token was given"),
     ]
-    for words, told in cases:
-        assert main(["submit", *words]) == 2
-        error = capsys.readouterr().err
+    asked = [(["submit", *words], environment, version) for words, environment, version, _ in cases]
+    done = subprocess.run(
+        [sys.executable, "-c", MANY],  # this process must not import Ray: others start one of their own in it
+        input=json.dumps([*asked, (listing, right, "")]),
+        cwd=tmp_path,
+        env=os.environ | {"XDG_STATE_HOME": str(tmp_path)},  # no cluster of this user's
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=True,
+    )
+    *answers, listed = json.loads(done.stdout.splitlines()[-1])
+    for (words, *_, told), (status, _, error) in zip(cases, answers, strict=True):
+        assert status == 2, words
         assert error.startswith("nsa-dist: error: ") and error.count("\n") == 1 and told in error
-    monkeypatch.setattr("ray.__version__", "2.1.0")
-    assert main(["submit", *fine]) == 2
-    assert ", 2.1.0 here; must be equal" in capsys.readouterr().err
-    monkeypatch.undo()
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "f" * 64)
-    assert main(["list", f"--address={cluster.dashboard}"]) == 2
-    assert "a wrong token was given" in capsys.readouterr().err
-    monkeypatch.setenv("RAY_AUTH_TOKEN", cluster.token)
-    assert main(["list", "--json", f"--address={cluster.dashboard}"]) == 0
-    assert json.loads(capsys.readouterr().out) == []
+    assert (listed[0], json.loads(listed[1])) == (0, [])
     assert not (tmp_path / "run").exists()
