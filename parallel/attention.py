@@ -6,7 +6,6 @@ gates [S, H, 3]. Other exchanges and full attention are in `rivals/`.
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -172,8 +171,7 @@ class NSAExchange(Operation):
         seq = self.sequence
         if self.exchange != "nsa":
             return block_plan.dense(seq.pieces, groups, causal=self.exchange == "groupcast")
-        flags = np.unpackbits(bits.numpy(), axis=-1, count=seq.packing.blocks).view(bool)
-        return block_plan.selected(seq.pieces, flags)
+        return block_plan.selected_bits(seq.pieces, bits.numpy())
 
 
 class WindowExchange(Operation):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nsa_dist.kernels.packing import Ints
 from nsa_dist.parallel.layout import Layout
@@ -28,6 +29,21 @@ def selected(pieces: Pieces, blocks_PGB: Bools) -> Wanted:
         found = blocks_PGB[..., _as_slice(pieces.block[at])][ranks]
         found &= _foreign(pieces, ranks, at, causal=True)
         return found
+
+    return wanted
+
+
+def selected_bits(pieces: Pieces, bits_PGb: NDArray[np.uint8]) -> Wanted:
+    """The same from bitmaps (numpy's order of bits), of which only what is asked for is read."""
+
+    def wanted(ranks: Ints, at: Ints) -> Bools:
+        index = _as_slice(pieces.block[at])
+        if isinstance(index, slice):
+            part = np.unpackbits(bits_PGb[..., index.start // 8 : -(-index.stop // 8)][ranks], axis=-1)
+            found = part[..., index.start % 8 :][..., : index.stop - index.start]
+        else:
+            found = (bits_PGb[..., index >> 3][ranks] >> (7 - (index & 7)).astype(np.uint8)) & np.uint8(1)
+        return found.astype(bool) & _foreign(pieces, ranks, at, causal=True)
 
     return wanted
 
@@ -146,34 +162,40 @@ def block_plan(layout: Layout, pieces: Pieces, wanted: Wanted, rank: int, nodes:
     """The rank's side of sending every rank the pieces that it wants. nodes [P]: the node of each rank."""
     every, length = np.arange(len(pieces.start)), pieces.end - pieces.start
     mates = np.flatnonzero(nodes == nodes[rank])
-    far = nodes[pieces.owner] != nodes[rank]
     several = len(mates) < layout.ranks
     near = wanted(mates if several else np.array([rank]), every)
     me = int(np.searchsorted(mates, rank)) if several else 0
     need = near[me]
-    groups = need.shape[0]
-    place = np.zeros(need.shape, np.int64)  # where each piece's rows begin in all that arrives
-    chosen = choose_relays(near, every) if several else place
-    first = need & (~far | (chosen == me))
-    received = _arrive(place, first, pieces.owner[None], length, layout.ranks, 0)
-    direct = Hop(*_sends(layout, pieces, wanted, rank, nodes), received)
+    groups = len(need)
+    place = np.zeros(need.size, np.int64)  # where each piece's rows begin in all that arrives
+    at, lengths = np.tile(every, groups), np.tile(length, groups)  # of each KV head's pieces, in one row
+    own = np.flatnonzero(need)
+    if several:
+        far = nodes[pieces.owner] != nodes[rank]
+        chosen = choose_relays(near, every)
+        direct = need & (~far | (chosen == me))
+        first, second = np.flatnonzero(direct), np.flatnonzero(need & ~direct)
+    else:
+        first = own
+    received = _arrive(place, first, pieces.owner[at[first]], lengths[first], layout.ranks, 0)
     relay = None
     if several:
         onward = near & ((chosen == me) & far)
         onward[me] = False
-        _, head, at = np.nonzero(onward)
         counts = np.zeros(layout.ranks, np.int64)
         counts[mates] = (onward.sum(1) * length).sum(1)
-        got = _arrive(place, need & ~first, mates[chosen], length, layout.ranks, int(received.sum()))
-        relay = Hop(Runs(place[head, at], length[at]), counts, got)
-    head, at = np.nonzero(need)
+        sent = np.flatnonzero(onward) % need.size
+        senders = mates[chosen.reshape(-1)[second]]
+        got = _arrive(place, second, senders, lengths[second], layout.ranks, int(received.sum()))
+        relay = Hop(Runs(place[sent], lengths[sent]), counts, got)
     blocks = int(pieces.block[-1]) + 1 if len(pieces.block) else 0
-    rows = np.bincount(head * blocks + pieces.block[at], length[at], minlength=groups * blocks)
+    number = (np.arange(groups)[:, None] * blocks + pieces.block).reshape(-1)
+    rows = np.bincount(number[own], lengths[own], minlength=groups * blocks)
     return BlockPlan(
-        direct,
+        Hop(*_sends(layout, pieces, wanted, rank, nodes), received),
         relay,
-        Runs(place[head, at], length[at]),
-        Runs(pieces.start[at], length[at]),
+        Runs(place[own], lengths[own]),
+        Runs(pieces.start[at[own]], lengths[own]),
         rows.astype(np.int64).reshape(groups, blocks),
     )
 
@@ -188,23 +210,18 @@ def _sends(layout: Layout, pieces: Pieces, wanted: Wanted, rank: int, nodes: Int
             chosen = choose_relays(sent[there], mine)
             sent[there] &= chosen == np.arange(there.sum())[:, None, None]
     length = (pieces.end - pieces.start)[mine]
-    _, head, at = np.nonzero(sent)
-    own_rows = int(length.sum())
-    runs = Runs(head * own_rows + layout.row_of(pieces.start[mine])[at], length[at])
+    row = np.arange(sent.shape[1])[:, None] * int(length.sum()) + layout.row_of(pieces.start[mine])
+    which = np.flatnonzero(sent) % max(row.size, 1)
+    runs = Runs(row.reshape(-1)[which], np.tile(length, len(row))[which])
     return runs, (sent.sum(1) * length).sum(1).astype(np.int64)
 
 
-def _arrive(place_GN: Ints, which_GN: Bools, sender: Ints, length_N: Ints, ranks: int, begin: int) -> Ints:
-    """Notes in `place` where the pieces `which` begin, sender after sender, from row `begin` on; rows [P] of each.
-
-    sender: [1 or G, N].
-    """
-    head, at = np.nonzero(which_GN)
-    of = np.broadcast_to(sender, which_GN.shape)[head, at].astype(np.int16)
-    order = np.argsort(of, kind="stable")
-    head, at = head[order], at[order]
-    place_GN[head, at] = begin + np.cumsum(length_N[at]) - length_N[at]
-    return np.bincount(of[order], length_N[at], minlength=ranks).astype(np.int64)
+def _arrive(place: Ints, which: Ints, sender: Ints, length: Ints, ranks: int, begin: int) -> Ints:
+    """Notes in `place` where the pieces `which` begin, sender after sender, from row `begin` on; rows [P] of each."""
+    order = np.argsort(sender.astype(np.int16), kind="stable")
+    ordered = length[order]
+    place[which[order]] = begin + np.cumsum(ordered) - ordered
+    return np.bincount(sender, length, minlength=ranks).astype(np.int64)
 
 
 def _foreign(pieces: Pieces, ranks: Ints, at: Ints, causal: bool) -> Bools:

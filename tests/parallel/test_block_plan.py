@@ -47,8 +47,11 @@ def test_every_needed_piece_arrives_once_and_nothing_else_does(case) -> None:  #
     packing, layout, nodes, blocks = case
     pieces = make_pieces(layout, packing, needs.causal(layout, packing))
     ranks, groups = range(layout.ranks), blocks.shape[1]
-    for wanted in (plans.selected(pieces, blocks), plans.dense(pieces, groups, False)):
+    packed = plans.selected_bits(pieces, np.packbits(blocks, axis=-1))
+    for wanted in (plans.selected(pieces, blocks), plans.dense(pieces, groups, False), packed):
         need = plans.whole(wanted, pieces)
+        if wanted is packed:
+            assert (need == plans.whole(plans.selected(pieces, blocks), pieces)).all()
         made = [plans.block_plan(layout, pieces, wanted, r, nodes) for r in ranks]
         # A row is its head, token; own rows head after head.
         own = [
