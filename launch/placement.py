@@ -109,24 +109,20 @@ class Places:
         for id_ in set(self._held) - but:
             self._drop(id_)
 
-    def settle(self) -> list[Node]:
-        """Ends all ranks; gives up hosts that are gone, and returns their nodes once Ray knows those are dead.
+    def settle(self) -> None:
+        """Ends all ranks; gives up hosts that are gone, and returns once Ray knows that their nodes are dead.
 
         Choosing sizes before that would count on a node that is no more.
         """
         asked = {id_: held.actor.end.remote() for id_, held in self._held.items()}
-        lost, deadline, answer = [], time.monotonic() + _DECLARE_S, time.monotonic() + _END_S
+        deadline, answer = time.monotonic() + _DECLARE_S, time.monotonic() + _END_S
         for id_, ref in asked.items():
             try:
                 ray.get(ref, timeout=max(answer - time.monotonic(), 0.1))
             except (RayError, GetTimeoutError):
-                node = self._held[id_].node
                 self._drop(id_)
                 while is_alive(id_) and not _answers(id_) and time.monotonic() < deadline:
                     time.sleep(0.2)
-                if not is_alive(id_) or time.monotonic() >= deadline:
-                    lost.append(node)
-        return lost
 
     def close(self) -> None:
         """Ends all ranks and gives all places back."""
