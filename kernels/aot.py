@@ -10,7 +10,6 @@ compiled is what would be launched. Fails where a kernel exceeds a target's shar
 """
 
 import argparse
-import contextlib
 import inspect
 import itertools
 import os
@@ -95,7 +94,7 @@ def record(target: str, case: Case) -> dict[str, Launch]:
         ranged.range_backward(branch, q, k_cmp, v_cmp, view.ranges, 1.0, q)
         scores.select_blocks(q, k_cmp, lse, view, spec, 1.0)
         blocks.selected_forward(q, *flat, picks, token, index, 1.0)
-        with contextlib.suppress(ValueError):  # refused by name there: tuning._LARGEST
+        if max(dk, dv) <= tuning.largest("block_backward", q):  # else refused by name
             blocks.selected_backward(branch, q, *flat, picks, token, index, 1.0, q)
         gating.combine_forward(gates, [do] * 3)
         gating.row_deltas(do, [do] * 3)

@@ -347,14 +347,15 @@ def selected_forward(
     part_lse = q.new_empty(len(part_o), dtype=torch.float32)
     edges = index.begin_GB, index.end_GB
     by_gluon = _by_gluon(q, k, v, h // groups, index.longest)
+    if by_gluon:
+        from nsa_dist.kernels import hopper_blocks
+
+        descriptors, constants = hopper_blocks.arguments(q, k, v, h // groups)
     count_launch("block_forward")
     for chunk, first in enumerate(range(0, s, work.chunk)):
         where = (token_S, index.token_N, *edges, work.order, work.start, work.item_start, work.segment)
         which = chunk, first, groups * blocks, blocks, groups, count, h
         if by_gluon:
-            from nsa_dist.kernels import hopper_blocks
-
-            descriptors, constants = hopper_blocks.arguments(q, k, v, h // groups)
             hopper_blocks.block_forward_kernel[(work.items,)](
                 *descriptors, *where, part_o, part_lse, *which, scale,
                 WIDTH=work.width, num_warps=4, **constants)  # fmt: skip

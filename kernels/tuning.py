@@ -86,11 +86,15 @@ def on_hopper(q: Tensor, *kv: Tensor) -> bool:
 
 def tuned(kernel: str, x: Tensor, dk: int, dv: int) -> dict[str, int]:
     """Tile sizes, warps and stages of a kernel. Raises ValueError for head sizes that it isn't made for there."""
-    where, wide = target(x.device), x.dtype == torch.float32
-    most = _LARGEST.get((where, kernel), 256) if not wide else 256
+    where, most = target(x.device), largest(kernel, x)
     if max(dk, dv) > most:
         raise ValueError(f"head sizes {dk}/{dv} in {x.dtype} on {where}: {kernel} takes at most {most} there")
-    return dict(configuration(kernel, where, wide, max(dk, dv)))
+    return dict(configuration(kernel, where, x.dtype == torch.float32, max(dk, dv)))
+
+
+def largest(kernel: str, x: Tensor) -> int:
+    """The largest head size that a kernel is made for where x is, in x's type."""
+    return 256 if x.dtype == torch.float32 else _LARGEST.get((target(x.device), kernel), 256)
 
 
 # The largest head size of a kernel in 16-bit types where it isn't 256: above, ptxas spills 4 KB with all tiles tried.
