@@ -142,14 +142,21 @@ def _held(picks_ptr, begin_ptr, end_ptr, at, here, blocks, g):
 def merge_kernel(
     part_o_ptr, part_lse_ptr, picks_ptr, begin_ptr, end_ptr, o_ptr, lse_ptr, first_query, queries, heads, groups,
     blocks, count,
-    R: tl.constexpr, DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, BM: tl.constexpr,
+    R: tl.constexpr, DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, BM: tl.constexpr, ONTO: tl.constexpr,
 ):  # fmt: skip
-    """A query's output from those over its blocks, in the order of its picks."""
+    """A query's output from those over its blocks, in the order of its picks; ONTO: after what is in o and lse."""
     g = tl.program_id(1)
     here, row, pick, partial = _slot_rows(first_query, queries, heads, groups, count, g, R, BM)
-    o1, o2 = zeros_two(BM, DV1, DV2)
-    top = tl.full([BM], float("-inf"), tl.float32)
-    total = tl.zeros([BM], tl.float32)
+    if ONTO:
+        top = tl.load(lse_ptr + row, mask=here, other=float("-inf")) * LOG2E
+        total = tl.where(top == float("-inf"), 0.0, 1.0)
+        o1, o2 = load_two(o_ptr, row * DV, here, DV, DV1, DV2)
+        o1 = o1.to(tl.float32)
+        o2 = o2.to(tl.float32)
+    else:
+        top = tl.full([BM], float("-inf"), tl.float32)
+        total = tl.zeros([BM], tl.float32)
+        o1, o2 = zeros_two(BM, DV1, DV2)
     for slot in range(count):
         held = _held(picks_ptr, begin_ptr, end_ptr, pick + slot, here, blocks, g)
         lse2 = tl.load(part_lse_ptr + partial + slot * R, mask=held, other=float("-inf")) * LOG2E
@@ -331,15 +338,16 @@ def selected_forward(
     token_S: Tensor,
     index: BlockIndex,
     scale: float,
+    onto: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `selected.selected_forward`: output [S, H, Dv] in q's type, log-sum-exp [S, H] in float32."""
     check_picks(picks_SGn, index)
     q, k, v, picks = q_SHD.contiguous(), rows_contiguous(k_ND), rows_contiguous(v_ND), picks_SGn.contiguous()
     check_launch(q, k, v)
     (s, h, dk), (_, groups, count), dv = q.shape, picks.shape, v.shape[1]
-    o, lse = q.new_empty(s, h, dv), q.new_empty(s, h, dtype=torch.float32)
+    o, lse = onto or (q.new_empty(s, h, dv), q.new_empty(s, h, dtype=torch.float32))
     if s == 0 or index.longest == 0:  # no row: no grid either
-        return o.zero_(), lse.fill_(-torch.inf)
+        return onto or (o.zero_(), lse.fill_(-torch.inf))
     sizes, meta, tile = _launch("block_forward", q, dk, dv, h // groups)
     work = make_work(picks, index, _chunk(q, h * count * dv), _item_width(h // groups, meta["BM"]))
     blocks = index.begin_GB.shape[1]
@@ -366,7 +374,7 @@ def selected_forward(
         queries = min(work.chunk, s - first)
         merge_kernel[(triton.cdiv(queries * (h // groups), tile), groups)](
             part_o, part_lse, picks, *edges, o, lse, first, queries, h, groups, blocks, count,
-            R=h // groups, BM=tile, **pieces("V", dv))  # fmt: skip
+            R=h // groups, BM=tile, ONTO=onto is not None, **pieces("V", dv))  # fmt: skip
     return o, lse
 
 

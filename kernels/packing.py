@@ -16,8 +16,9 @@ Ints = NDArray[np.int64]
 
 
 def on_device(table: NDArray[Any], device: torch.device) -> torch.Tensor:
-    """Without waiting for the device, as a plain copy would, for all that it still has to do."""
-    return torch.from_numpy(table).to(device, non_blocking=True)
+    """Without waiting for the device, as a copy of pageable memory would, for all that it still has to do."""
+    on_host = torch.from_numpy(table)
+    return (on_host.pin_memory() if device.type == "cuda" else on_host).to(device, non_blocking=True)
 
 
 class Packing:

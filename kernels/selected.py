@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nsa_dist.kernels.branch import BranchGrad, group_queries, work_dtype
+from nsa_dist.kernels.combine import merge
 from nsa_dist.kernels.packing import Ints, Packing, on_device
 from nsa_dist.kernels.tiled import TILE, add_dq, tile_backward, tile_forward, ungroup
 
@@ -64,11 +65,12 @@ def selected_forward(
     token_S: Tensor,
     index: BlockIndex,
     scale: float,
+    onto: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output [S, H, Dv] and log-sum-exp [S, H] over the selected blocks' rows in the buffer.
 
-    `token_S`: the queries' tokens. A query with no row in the buffer gets 0 and -inf, so that buffers are
-    merged by log-sum-exp. Raises ValueError for a pick that is no block.
+    `token_S`: the queries' tokens. A query with no row in the buffer gets 0 and -inf. `onto`: what another buffer
+    gave, with which it is merged by log-sum-exp; it may be written over. Raises ValueError for a pick that is none.
     """
     check_picks(picks_SGn, index)
     groups = picks_SGn.shape[1]
@@ -80,7 +82,8 @@ def selected_forward(
         if len(rows):
             head = slice(g, g + 1)
             o[head, at], lse[head, at] = tile_forward(q[head, at], k[None, rows], v[None, rows], mask, scale)
-    return ungroup(o).to(q_SHD.dtype), ungroup(lse)
+    found = ungroup(o).to(q_SHD.dtype), ungroup(lse)
+    return merge(*onto, *found) if onto else found
 
 
 def selected_backward(

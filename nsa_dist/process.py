@@ -68,6 +68,8 @@ def process_group(
     """
     if device == "cuda":
         torch.cuda.set_device(local_gpu)
+        # What is sent must not wait for programs of a kernel that has filled the device.
+        os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
     dist.init_process_group(
         _BACKENDS[device],
         store=store,

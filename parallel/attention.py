@@ -11,13 +11,13 @@ from torch import Tensor
 
 from nsa_dist.kernels.attention import gated_branches
 from nsa_dist.kernels.branch import BranchGrad
-from nsa_dist.kernels.combine import merge
 from nsa_dist.kernels.full import ungated
 from nsa_dist.kernels.implementations import implementation
 from nsa_dist.kernels.selected import head_rows
 from nsa_dist.parallel import block_plan
+from nsa_dist.parallel.aside import ToHost, aside
 from nsa_dist.parallel.block_plan import BlockPlan, Wanted
-from nsa_dist.parallel.exchange import Pending, all_gather
+from nsa_dist.parallel.exchange import all_gather
 from nsa_dist.parallel.fetch import Fetch, Fetching, Returning
 from nsa_dist.parallel.operator import Operation
 from nsa_dist.parallel.sequence import Gather, ShardedSequence
@@ -59,22 +59,26 @@ class NSAExchange(Operation):
         if self.prescribed is not None:
             picks = self.prescribed.clone()  # an operator's output is no tensor of somebody else's
 
-        # The one time that the host waits for the device: the plan follows from the bitmaps. Blocks travel while
-        # the local ones are worked on.
-        bits = self._start_bitmaps(picks).wait().cpu()
+        # The one time that the host waits for the device: the plan follows from the bitmaps. A GPU has the local
+        # blocks to work on until the others' arrive; the CPU, which makes the plan itself, takes them after it.
         rows = head_rows(k_slc), head_rows(v_slc)
-        rounds = [Fetch(seq, plan) for plan in self._plans(bits, k_slc, v_slc)]
-        sent = rounds[0].start(torch.cat(rows, dim=-1), "selected", "forward")
-        own = seq.local_blocks(k_slc.shape[1])
-        o_slc, lse_slc = local.selected_forward(q, *rows, picks, seq.token_S, own, scale)
-        for i, fetch in enumerate(rounds):
-            if i:
-                sent = fetch.start(torch.cat(rows, dim=-1), "selected", "forward")
-            fetched = sent.wait()
+        both = torch.cat(rows, dim=-1)
+        beside = aside(q.device)
+        with beside:
+            arriving = self._start_bitmaps(picks)
+        of_own = picks, seq.token_S, seq.local_blocks(k_slc.shape[1]), scale
+        found = local.selected_forward(q, *rows, *of_own) if q.is_cuda else None
+        bits = arriving.wait()
+        rounds, fetched = self._rounds(bits, k_slc, v_slc), q.new_empty(0)
+        with beside:
+            sent = [fetch.start(both, "selected", "forward") for fetch in rounds[:1]]
+        found = found or local.selected_forward(q, *rows, *of_own)
+        for fetch in rounds:
+            sent = sent or [fetch.start(both, "selected", "forward")]
+            fetched = sent.pop().wait()
             buffer = fetch.rows(fetched, k_slc.shape[2])
-            part = local.selected_forward(q, *buffer, picks, seq.token_S, fetch.index, scale)
-            o_slc, lse_slc = merge(o_slc, lse_slc, *part)
-        kept = fetched if len(rounds) == 1 else q.new_empty(0)
+            found = local.selected_forward(q, *buffer, picks, seq.token_S, fetch.index, scale, found)
+        (o_slc, lse_slc), kept = found, fetched if len(rounds) == 1 else q.new_empty(0)
 
         out = local.combine_forward(gates, [o_cmp, o_slc, o_win])
         return [out, o_cmp, o_slc, o_win, lse_cmp, lse_slc, lse_win, picks, bits, got_cmp, got_win, kept]
@@ -85,7 +89,7 @@ class NSAExchange(Operation):
         seq, scale, local = self.sequence, self.scale, implementation(q)
         outs, lses = [o_cmp, o_slc, o_win], [lse_cmp, lse_slc, lse_win]
         # What wasn't kept comes again while the other branches are worked on.
-        rounds = [Fetch(seq, plan) for plan in self._plans(bits, k_slc, v_slc, last=True)]
+        rounds = self._rounds(bits, k_slc, v_slc, last=True)
         again = self._fetch_again(rounds[0], k_slc, v_slc) if len(rounds) > 1 else None
         d_gates, (cmp, slc, win) = gated_branches(local, grad, gates, outs, lses)
 
@@ -137,21 +141,24 @@ class NSAExchange(Operation):
     def _fetch_again(self, fetch: Fetch, k: Tensor, v: Tensor) -> Fetching:
         return fetch.start(torch.cat([head_rows(k), head_rows(v)], dim=-1), "refetch", "backward")
 
-    def _start_bitmaps(self, picks: Tensor) -> Pending:
+    def _start_bitmaps(self, picks: Tensor) -> ToHost:
         """Starts gathering [P, G, ceil(NB / 8)] bits (numpy's order): which blocks a rank's queries selected."""
         seq = self.sequence
-        if self.exchange != "nsa":
-            return Pending(None, picks.new_empty(0, dtype=torch.uint8), lambda seconds: None)
-        return all_gather(seq.axis, block_bits(picks, seq.packing.blocks), "bitmap", "forward")
+        if self.exchange != "nsa" or seq.axis.size == 1:
+            return ToHost(torch.empty(0, dtype=torch.uint8))
+        return ToHost(all_gather(seq.axis, block_bits(picks, seq.packing.blocks), "bitmap", "forward").wait())
 
-    def _plans(self, bits: Tensor, k: Tensor, v: Tensor, last: bool = False) -> list[BlockPlan]:
+    def _rounds(self, bits: Tensor, k: Tensor, v: Tensor, last: bool = False) -> list[Fetch]:
         """This rank's side of the exchange, in as many rounds as the bound needs: a pure function of bitmaps and
         layout. What the forward made is kept for the backward (`last`)."""
         plans = self.sequence.plans
+        if self.sequence.axis.size == 1:
+            return []
         key = self.exchange, self.max_bytes, k.shape[1:], v.shape[2], bits.untyped_storage().data_ptr()
         if key not in plans:
-            plans[key] = bits, self._make_plans(bits, k, v)  # the storage is held: no other has its address
-        found = plans[key][1]
+            made = [Fetch(self.sequence, plan) for plan in self._make_plans(bits, k, v)]
+            plans[key] = bits, made  # the storage is held: no other has its address
+        found: list[Fetch] = plans[key][1]
         if last and self.exchange == "nsa":
             del plans[key]
         return found
@@ -228,7 +235,8 @@ def block_bits(picks_SGn: Tensor, blocks: int) -> Tensor:
     """[G, ceil(blocks / 8)] uint8, most significant bit first: the blocks that any query selected."""
     groups, width = picks_SGn.shape[1], -(-blocks // 8) * 8
     index = picks_SGn.permute(1, 0, 2).flatten(1).long()
-    flags = torch.zeros(groups, width + 1, dtype=torch.uint8, device=picks_SGn.device)
+    device = picks_SGn.device
+    flags = torch.zeros(groups, width + 1, dtype=torch.uint8, device=device)
     flags.scatter_(1, torch.where(index < 0, width, index), 1)  # missing picks go to a column that is cut off
-    weights = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8, device=flags.device)
-    return (flags[:, :width].view(groups, -1, 8) * weights).sum(-1, dtype=torch.uint8)
+    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=device)  # made there: a copy would wait for the device
+    return (flags[:, :width].view(groups, -1, 8) << shifts).sum(-1, dtype=torch.uint8)

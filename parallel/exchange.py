@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -30,6 +31,8 @@ class Pending:
         if self.work is not None:
             self.work.wait()
         self.record(time.perf_counter() - start)
+        if self.result.is_cuda:  # it may have been made aside
+            self.result.record_stream(torch.cuda.current_stream())
         return self.result
 
 

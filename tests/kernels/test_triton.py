@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nsa_dist.kernels import NSASpec, blocks, nsa_attention, selected, tuning
 from nsa_dist.kernels.branch import BranchGrad
-from nsa_dist.kernels.combine import merge, row_deltas
+from nsa_dist.kernels.combine import row_deltas
 from nsa_dist.kernels.packing import Packing
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available() and not tuning.interpreted(), reason="no interpreter")
@@ -105,13 +105,13 @@ def test_selected_blocks_from_two_buffers_are_one_softmax(held: float) -> None:
     o, lse = selected.selected_forward(q, *flat, picks, token, every, 0.2)
     branch = BranchGrad(do, gate, o, lse, row_deltas(do, [o])[..., 0])
     want = selected.selected_backward(branch, q, *flat, picks, token, every, 0.2)
-    dq, grads, state = torch.zeros_like(q), [torch.zeros_like(x) for x in flat], None
+    dq, grads = torch.zeros_like(q), [torch.zeros_like(x) for x in flat]
+    state: tuple[torch.Tensor, torch.Tensor] | None = None
     for part in rows:
         index = selected.block_index(packing, [part] * groups, DEVICE)
         at = torch.from_numpy(np.concatenate([part, 130 + part])).to(DEVICE)
         buffer = [x[at] for x in flat]
-        found = blocks.selected_forward(q, *buffer, picks, token, index, 0.2)
-        state = found if state is None else merge(*state, *found)
+        state = blocks.selected_forward(q, *buffer, picks, token, index, 0.2, state)
         _, *d = blocks.selected_backward(branch, q, *buffer, picks, token, index, 0.2, dq)
         for grad, x in zip(grads, d, strict=True):
             grad[at] += x

@@ -78,7 +78,7 @@ def run(config: Config, cu: list[int]) -> tuple[Any, list[Any]]:
 
     def seen(self: NSAExchange, picks: torch.Tensor) -> Any:
         pending = whole(self, picks)
-        bits.append(pending.result)  # complete when the step is over
+        bits.append(pending.wait())
         return pending
 
     NSAExchange._start_bitmaps = seen  # type: ignore[method-assign]
