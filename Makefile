@@ -38,7 +38,7 @@ format: dev  ## formats and mends what ruff can
 	$(BIN)/ruff check --fix .
 
 test: lint  ## lint, types and every test that needs no GPU
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-gpu: dev  ## what needs a GPU
 	$(BIN)/python -m pytest tests/gpu -s

@@ -16,10 +16,11 @@ from nsa_dist.rundir import Resume, own_checkpoints
 from nsa_dist.train import train
 from tests.conftest import run_ranks
 
+STEPS = 12
 SMALL = """
 model: {layers: 2, width: 24, heads: 4, kv_heads: 2, head_dim: 4, value_dim: 6, ffn: 32, attention: [nsa]}
 nsa: {compress_block: 8, compress_stride: 4, select_block: 16, select_count: 5, window: 24}
-train: {lr: 3e-3, warmup_steps: 3, checkpoint_every: 0, validate_every: 10, validation_sequences: 3, dtype: float64}
+train: {lr: 3e-3, warmup_steps: 3, checkpoint_every: 0, validate_every: 6, validation_sequences: 3, dtype: float64}
 data: {seq_len: 301, batch_size: 2, validation: 0.2}
 launch: {device: cpu}
 """
@@ -54,7 +55,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def configure(recipe: Path, *words: str) -> Config:
-    base = [f"data.source={recipe / 'text.jsonl'}", f"data.cache_dir={recipe / 'cache'}", "train.steps=20"]
+    base = [f"data.source={recipe / 'text.jsonl'}", f"data.cache_dir={recipe / 'cache'}", f"train.steps={STEPS}"]
     return load_config(str(recipe / "small.yaml"), base + list(words))
 
 
@@ -73,7 +74,7 @@ def runs(configs: list[Config], folder: Path, resume: Resume | None = None) -> l
 
 
 def differences(records: list[dict[str, Any]], wanted: list[dict[str, Any]], key: str) -> list[float]:
-    assert len(records) == len(wanted) == 20
+    assert len(records) == len(wanted) == STEPS
     return [abs(a[key] - b[key]) / abs(b[key]) for a, b in zip(records, wanted, strict=True)]
 
 
@@ -158,19 +159,19 @@ def test_a_rank_of_nothing_and_documents_shorter_than_a_compressed_token(recipe:
 
 
 def test_resumed_losses_are_those_of_the_whole_run(recipe: Path, tmp_path: Path) -> None:
-    words = ["train.dtype=float32", "train.checkpoint_every=7", "parallel.cp=2"]
+    words = ["train.dtype=float32", "train.checkpoint_every=5", "parallel.cp=2"]
     (whole,) = runs([configure(recipe, *words)], tmp_path)
     expected = [r["loss"] for r in whole]
     for ranks in (2, 3):
         folder = tmp_path / f"resumed-{ranks}"
         shutil.copytree(tmp_path / "0", folder / "0")
-        shutil.rmtree(folder / "0/checkpoints/step-20")
+        shutil.rmtree(folder / f"0/checkpoints/step-{STEPS}")
         config = configure(recipe, *words, f"parallel.cp={ranks}", f"run.dir={folder / '0'}")
         resume = own_checkpoints(config)
-        assert resume.checkpoints[0].name == "step-14"
+        assert resume.checkpoints[0].name == "step-10"
         (resumed,) = runs([config], folder, resume)
         found = [r["loss"] for r in resumed]
-        assert [r["step"] for r in resumed] == list(range(1, 21))
+        assert [r["step"] for r in resumed] == list(range(1, STEPS + 1))
         assert found == expected if ranks == 2 else found == pytest.approx(expected, rel=1e-4)
 
 
