@@ -44,7 +44,7 @@ class Drill:
         train = replace(config.train, checkpoint_every=EVERY, keep_checkpoints=2, log_every=1)
         train = replace(train, steps=STEPS, validate_every=0, validation_sequences=0)
         launch = replace(config.launch, device="cpu", heartbeat_s=60, backend="ray")
-        run = replace(config.run, dir=str(folder / "none"), resume="auto")
+        run = replace(config.run, dir=str(folder / "none"), store="", resume="auto")
         self._config = absolute(replace(config, train=train, launch=launch, run=run))
         self._cluster: Cluster | None = None
         self._runs: list[DrillRun] = []

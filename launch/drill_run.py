@@ -100,7 +100,7 @@ class DrillRun:
         found = checkpoints(self.dir)
         if not found:
             raise DrillError("there is no checkpoint")
-        return found[0]
+        return Path(str(found[0]))  # they are in its folder
 
     def lines(self) -> list[str]:
         """What it has said."""

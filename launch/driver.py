@@ -23,6 +23,7 @@ from nsa_dist.console import Console
 from nsa_dist.launch.package import CHECKED, JOB, data_paths, versions
 from nsa_dist.session import session
 from nsa_dist.stop import die_with_parent, stop_on_signal
+from nsa_dist.store import check_known, check_writable, place
 
 _RESTARTS = 5
 _STEADY_S = 3600.0  # a launcher that has run so long was no failing start
@@ -132,12 +133,14 @@ def _check(config: Config, wanted: dict[str, str]) -> str:
         probe.touch()
     except OSError as error:
         raise ConfigError(f"run.dir={run_dir}: must be a folder that can be written ({error})") from None
+    if config.run.store:
+        check_writable(place(config.run.store))
     nodes = [node for node in ray.nodes() if node["Alive"]]
     try:
         asked = [
             ray.remote(_look)
             .options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
-            .remote(data_paths(config), str(probe))
+            .remote(data_paths(config), str(probe), config.run.store)
             for node in nodes
         ]
         for node, ref in zip(nodes, asked, strict=True):
@@ -163,8 +166,9 @@ def _check(config: Config, wanted: dict[str, str]) -> str:
     return f"{len(nodes)} nodes have {names}, the data and run.dir"
 
 
-def _look(paths: list[tuple[str, str]], probe: str) -> tuple[dict[str, Any], str]:
-    """Runs on a node: its versions, and the first path that isn't there."""
+def _look(paths: list[tuple[str, str]], probe: str, store: str) -> tuple[dict[str, Any], str]:
+    """Runs on a node: its versions, and the first path that isn't there. Raises ConfigError for a store."""
+    check_known("run.store", store)
     for key, path in [*paths, ("run.dir", probe)]:
         if not Path(path).exists():
             shown = f"{key}={path}" if key != "run.dir" else f"run.dir={Path(probe).parent} (shared)"

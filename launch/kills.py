@@ -44,7 +44,7 @@ def main(words: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="nsa-kills-") as folder, running_cluster(2) as cluster:
 
         def run(name: str) -> DrillRun:
-            here = replace(config, run=replace(config.run, dir=f"{folder}/{name}"))
+            here = replace(config, run=replace(config.run, dir=f"{folder}/{name}", store=""))
             return DrillRun(cluster, check_config(here), limit_s=7200)
 
         quiet = run("undisturbed")

@@ -114,7 +114,9 @@ def _with_paths(config: Config, place: Callable[[str, str], str], data: Callable
     config = copy.deepcopy(config)
     run, files = config.run, config.data
     run.dir = place("run.dir", run.dir)
-    if run.resume not in ("auto", "never"):
+    if run.store and "://" not in run.store:
+        run.store = place("run.store", run.store)
+    if run.resume not in ("auto", "never") and "://" not in run.resume:
         run.resume = place("run.resume", run.resume)
     if files.cache_dir:
         files.cache_dir = place("data.cache_dir", files.cache_dir)

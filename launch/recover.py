@@ -21,7 +21,8 @@ from nsa_dist.launch.placement import Node, Placed, Places, owners
 from nsa_dist.launch.straggler import Stragglers
 from nsa_dist.launch.watch import Failed, Watch
 from nsa_dist.process import RunFailed
-from nsa_dist.rundir import EVENTS, Resume, event, own_checkpoints, write_config
+from nsa_dist.rundir import EVENTS, Resume, event, own_checkpoints, store_of, write_config
+from nsa_dist.store import StoreError
 from nsa_dist.train import train
 
 _HOSTS_S = 300.0  # for hosts to start
@@ -66,7 +67,8 @@ class _Run:
         self._device, self.places = device, Places(device)
         self._dir = Path(config.run.dir)
         self._skip = _skipped(self._dir)
-        self._failures, self._progress = 0, _newest_step(self._dir)
+        self._failures, self._progress = 0, 0
+        self._progress = self._saved()
         self._skipped_at = -1  # the newest checkpoint when a batch was skipped
         self._by_node: dict[str, list[float]] = {}  # times of failures
         self._leaving: set[str] = set()  # ids of nodes that are about to go
@@ -87,6 +89,8 @@ class _Run:
                     return
             except Failed as failure:
                 self._failed(failure)
+            except StoreError as error:
+                self._failed(self._nobody(str(error), "error"))
             except RayActorError:  # a node was lost just now
                 self._failed(self._nobody("a host was lost while the ranks started", "lost"))
             except RayError as error:
@@ -119,7 +123,15 @@ class _Run:
             return all(watch.results())
 
     def _resume_from(self) -> Resume:
-        return own_checkpoints(self._config) if checkpoints(self._dir) else self._resume
+        return own_checkpoints(self._config) if checkpoints(store_of(self._config)) else self._resume
+
+    def _saved(self) -> int:
+        """Step of the newest whole checkpoint."""
+        try:
+            path = newest(store_of(self._config))
+            return int(read_trainer(path)["step"]) if path else 0
+        except StoreError:  # an outage: no later one is known
+            return self._progress
 
     def _report(self, rank: int, report: dict[str, Any]) -> None:
         self._console.report(report)
@@ -152,7 +164,7 @@ class _Run:
         where = f" on {failure.node.name}" if failure.node else ""
         self._console.say(f"failure: rank {failure.rank}{where}, after step {failure.step}: {failure.cause}")
         self.places.settle()
-        saved = _newest_step(self._dir)
+        saved = self._saved()
         if reason := self._hopeless(failure, saved):
             raise RunFailed(failure.rank, f"{failure.cause}; {reason}", failure.log)
         self._event("failure", **_facts(failure), step=failure.step, failures=self._failures)
@@ -303,11 +315,6 @@ def _facts(failure: Failed) -> dict[str, Any]:
 
 def _last_words(error: RayError) -> str:
     return (str(error).strip().splitlines() or ["no word"])[-1].removeprefix("RuntimeError: ")
-
-
-def _newest_step(run_dir: Path) -> int:
-    path = newest(run_dir)
-    return int(read_trainer(path)["step"]) if path else 0
 
 
 def _skipped(run_dir: Path) -> set[int]:

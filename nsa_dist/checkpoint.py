@@ -2,31 +2,33 @@
 
 A folder `<run>/checkpoints/step-N/` holds the tensors as torch.distributed.checkpoint writes them (`.metadata`
 and a `__R_0.distcp` from each rank R), `trainer.json` with the trainer's numbers and each rank's random state,
-and `manifest.json` with the size and SHA-256 of every file. It is written as `.step-N.tmp` and renamed when
-every rank has finished. Nothing is unpickled but the few classes that describe tensors.
+and `manifest.json` with the size and SHA-256 of every file, which is written last and makes it count (store.py).
+`<run>` is a local folder or any fsspec URL. Nothing is unpickled but the few classes that describe tensors.
 """
 
 import base64
 import hashlib
 import json
-import os
 import pickle
 import re
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemBase
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
+from nsa_dist import store
 from nsa_dist.config import ConfigError
+from nsa_dist.store import Place, StoreError, place
 
 T = TypeVar("T")
 FOLDER, MANIFEST, TRAINER, METADATA = "checkpoints", "manifest.json", "trainer.json", ".metadata"
@@ -66,8 +68,8 @@ class Checkpointer:
     training. `keep`: newest checkpoints that stay, 0 for all of them.
     """
 
-    def __init__(self, run_dir: str | Path, keep: int, process_group: dist.ProcessGroup | None = None) -> None:
-        self._folder = Path(run_dir) / FOLDER
+    def __init__(self, run: str | Place, keep: int, process_group: dist.ProcessGroup | None = None) -> None:
+        self._folder = place(run) / FOLDER
         self._keep = keep
         self._ranks = _own_group(process_group)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -95,53 +97,45 @@ class Checkpointer:
             pending.result()
 
     def _save(self, step: int, staged: dict[str, Tensor], numbers: dict[str, Any], random: Any) -> None:
-        temp, final = self._folder / f".step-{step}.tmp", self._folder / f"step-{step}"
+        final = self._folder / f"step-{step}"
+        temp = final
         try:
-            numbers["random"] = self._ranks.together(lambda: self._begin(temp, random))
-            writer = _Writer(temp)
+            began = self._ranks.together(lambda: (self._begin(final), random))
+            temp, numbers["random"] = began[0][0], [row[1] for row in began]
+            files = _Files()
             planner = DefaultSavePlanner(flatten_state_dict=False)
-            dcp.save(staged, storage_writer=writer, planner=planner, process_group=self._ranks.group)
-            shares = self._ranks.together(lambda: self._describe(temp, numbers))
-            files = {name: entry for share in shares for name, entry in sorted(share.items())}
-            manifest = {"step": step, "ranks": self._ranks.size, "torch": torch.__version__, "files": files}
+            dcp.save(staged, storage_writer=_Writer(temp, files), planner=planner, process_group=self._ranks.group)
+            shares = self._ranks.together(lambda: self._describe(temp, files, numbers))
+            entries = {name: entry for share in shares for name, entry in sorted(share.items())}
+            manifest = {"step": step, "ranks": self._ranks.size, "torch": torch.__version__, "files": entries}
             self._ranks.together(lambda: self._publish(temp, final, manifest))
         except _FAILURES as error:
             if self._ranks.rank == 0:
-                shutil.rmtree(temp, ignore_errors=True)  # what can't be removed now is at the next start
+                with suppress(OSError, ConfigError):  # what can't be removed now is at the next start
+                    store.withdraw(temp, MANIFEST)
             raise NotWrittenError(f"{final}: not written: {_cause(error)}; earlier ones are unharmed") from error
         self._ranks.together(lambda: self._prune(step))
 
     def _clean(self) -> None:
         """Removes what a killed run left half-written."""
         if self._ranks.rank == 0:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            for path in self._folder.glob(".step-*.tmp"):
-                shutil.rmtree(path)
+            store.clear(self._folder, "step-", MANIFEST)
 
-    def _begin(self, temp: Path, random: dict[str, str]) -> dict[str, str]:
-        if self._ranks.rank == 0:
-            shutil.rmtree(temp, ignore_errors=True)
-            temp.mkdir()
-        return random
+    def _begin(self, final: Place) -> Place:
+        """Where to write; rank 0's counts."""
+        return store.begin(final, MANIFEST) if self._ranks.rank == 0 else final
 
-    def _describe(self, temp: Path, numbers: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    def _describe(self, temp: Place, files: "_Files", numbers: dict[str, Any]) -> dict[str, dict[str, Any]]:
         """Size and digest of the files that this rank wrote."""
-        names = [path.name for path in temp.glob(f"__{self._ranks.rank}_*")]
         if self._ranks.rank == 0:
-            _write_json(temp / TRAINER, numbers)
-            names += [METADATA, TRAINER]
-        return {name: {"size": (temp / name).stat().st_size, "sha256": _digest(temp / name)} for name in names}
+            with files.create_stream(temp / TRAINER, "wb") as file:
+                file.write(_json(numbers))
+        return files.written
 
-    def _publish(self, temp: Path, final: Path, manifest: dict[str, Any]) -> None:
-        if self._ranks.rank != 0:
-            return
-        _write_json(temp / MANIFEST, manifest)
-        _check_sizes(temp, manifest)  # fails where the ranks don't share a file system
-        _sync_folder(temp)
-        if final.exists():  # damaged and not resumed from, or the same step saved again
-            _remove(final)
-        temp.rename(final)
-        _sync_folder(self._folder)
+    def _publish(self, temp: Place, final: Place, manifest: dict[str, Any]) -> None:
+        if self._ranks.rank == 0:
+            _check_sizes(temp, manifest)  # fails where the ranks don't share a file system
+            store.publish(temp, final, MANIFEST, _json(manifest))
 
     def _prune(self, step: int) -> None:
         """Deletes the oldest; and those of later steps: damaged, the run went on from before them."""
@@ -152,7 +146,7 @@ class Checkpointer:
         stay = mine[: self._keep] if self._keep else mine
         for path in present:
             if path not in stay:
-                _remove(path)
+                store.withdraw(path, MANIFEST)
 
 
 def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -177,7 +171,7 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
 
 
 def load(
-    path: str | Path, state: dict[str, Tensor], process_group: dist.ProcessGroup | None = None
+    path: str | Place, state: dict[str, Tensor], process_group: dist.ProcessGroup | None = None
 ) -> dict[str, Any]:
     """Reads a checkpoint into the given tensors and DTensors, in place; returns its trainer's numbers.
 
@@ -188,7 +182,7 @@ def load(
     Raises CheckpointError on all ranks alike, before any tensor changes, for a damaged checkpoint, and
     OtherModelError for one of another model.
     """
-    path, ranks = Path(path), _group(process_group)
+    path, ranks = place(path), _group(process_group)
     ranks.together(lambda: _verify_share(path, ranks.rank, ranks.size))
     reader = _Reader(path)
     ranks.together(lambda: _check_tensors(path, reader.read_metadata(), state))
@@ -216,15 +210,16 @@ def restore_random(trainer: dict[str, Any], process_group: dist.ProcessGroup | N
     return True
 
 
-def checkpoints(run_dir: str | Path) -> list[Path]:
-    """The checkpoint folders of a run, newest first, whole or not."""
-    found = [path for path in (Path(run_dir) / FOLDER).glob("step-*") if _NAME.fullmatch(path.name)]
-    return sorted(found, key=_step, reverse=True)
+def checkpoints(run: str | Place) -> list[Place]:
+    """The checkpoint folders of a run, newest first, whole or damaged."""
+    folder = place(run) / FOLDER
+    found: list[Place] = [folder / name for name in store.listing(folder) if _NAME.fullmatch(name)]
+    return sorted((path for path in found if store.seen(path, MANIFEST)), key=_step, reverse=True)
 
 
-def newest(run_dir: str | Path) -> Path | None:
+def newest(run: str | Place) -> Place | None:
     """The newest checkpoint of a run that has its manifest and all its files in their sizes."""
-    for path in checkpoints(run_dir):
+    for path in checkpoints(run):
         try:
             read_trainer(path)
         except CheckpointError:
@@ -233,22 +228,22 @@ def newest(run_dir: str | Path) -> Path | None:
     return None
 
 
-def read_trainer(path: str | Path) -> dict[str, Any]:
+def read_trainer(path: str | Place) -> dict[str, Any]:
     """The trainer's numbers of a checkpoint, checked: manifest, all sizes, this file's digest.
 
     Raises CheckpointError naming the file that is wrong.
     """
-    path = Path(path)
+    path = place(path)
     _check_digest(path, _manifest(path), TRAINER)
     return _read_json(path / TRAINER)
 
 
-def verify(path: str | Path) -> None:
+def verify(path: str | Place) -> None:
     """Raises CheckpointError naming the file if the manifest, a size or a digest is wrong. Reads everything."""
-    _verify_share(Path(path), 0, 1)
+    _verify_share(place(path), 0, 1)
 
 
-def _verify_share(path: Path, rank: int, size: int) -> None:
+def _verify_share(path: Place, rank: int, size: int) -> None:
     """Verifies all sizes and every `size`-th file's digest, the largest files spread evenly."""
     manifest = _manifest(path)
     names = sorted(manifest["files"], key=lambda name: (-manifest["files"][name]["size"], name))
@@ -256,7 +251,7 @@ def _verify_share(path: Path, rank: int, size: int) -> None:
         _check_digest(path, manifest, name)
 
 
-def _manifest(path: Path) -> dict[str, Any]:
+def _manifest(path: Place) -> dict[str, Any]:
     if not path.is_dir():
         raise CheckpointError(f"checkpoint '{path}': no such folder")
     manifest = _read_json(path / MANIFEST)
@@ -271,21 +266,21 @@ def _manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _check_sizes(path: Path, manifest: dict[str, Any]) -> None:
+def _check_sizes(path: Place, manifest: dict[str, Any]) -> None:
+    sizes = store.listing(path)
     for name, entry in manifest["files"].items():
-        file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"{file}: missing; the checkpoint's manifest lists it")
-        if file.stat().st_size != entry["size"]:
-            raise CheckpointError(f"{file}: {file.stat().st_size} bytes; must be {entry['size']} (manifest)")
+        if sizes.get(name) is None:
+            raise CheckpointError(f"{path / name}: missing; the checkpoint's manifest lists it")
+        if sizes[name] != entry["size"]:
+            raise CheckpointError(f"{path / name}: {sizes[name]} bytes; must be {entry['size']} (manifest)")
 
 
-def _check_digest(path: Path, manifest: dict[str, Any], name: str) -> None:
+def _check_digest(path: Place, manifest: dict[str, Any], name: str) -> None:
     if _digest(path / name) != manifest["files"][name]["sha256"]:
         raise CheckpointError(f"{path / name}: damaged; its SHA-256 must be the manifest's")
 
 
-def _check_tensors(path: Path, metadata: Metadata, state: dict[str, Tensor]) -> None:
+def _check_tensors(path: Place, metadata: Metadata, state: dict[str, Tensor]) -> None:
     here = {name: list(tensor.shape) for name, tensor in state.items()}
     there = {name: list(entry.size) for name, entry in _tensors(metadata).items()}
     if not any(name.startswith("optim.") for name in here):
@@ -303,7 +298,73 @@ def _tensors(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
     return {name: entry for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
 
 
+class _Files(FileSystemBase):
+    """A place as torch's reader and writer use it. `written`: size and SHA-256 of each file, as it was written."""
+
+    def __init__(self) -> None:
+        self.written: dict[str, dict[str, Any]] = {}
+
+    @contextmanager
+    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
+        with path.open(mode) as stream:
+            noted = _Noted(stream) if mode == "wb" else stream
+            yield noted
+        if isinstance(noted, _Noted):
+            self.written[path.name] = {"size": noted.size, "sha256": noted.sha256.hexdigest()}
+
+    def rename(self, path: Any, new_path: Any) -> None:
+        store.rename(path, new_path.name)
+        self.written[new_path.name] = self.written.pop(path.name)
+
+    def concat_path(self, path: Any, suffix: str) -> Any:
+        return path / suffix
+
+    def init_path(self, path: Any) -> Any:
+        return path
+
+    def mkdir(self, path: Any) -> None:
+        store.make(path)
+
+    def exists(self, path: Any) -> bool:
+        return path.name in self.written  # the folder was empty
+
+    def rm_file(self, path: Any) -> None:
+        store.delete(path)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        return True
+
+
+class _Noted:
+    """A file that is written from its beginning to its end."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.size, self.sha256 = file, 0, hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.sha256.update(data)
+        self.size += memoryview(data).nbytes
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        return self.size
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
 class _Writer(dcp.FileSystemWriter):
+    def __init__(self, path: Place, files: _Files) -> None:
+        super().__init__("", sync_files=isinstance(path, Path))
+        self.fs, self.path = files, path  # type: ignore[assignment] # torch asks of a path what _Files is asked
+
     def storage_meta(self) -> StorageMeta:
         return StorageMeta(save_id=self.save_id)  # torch's has the folder's path, pickled as a pathlib class
 
@@ -311,8 +372,12 @@ class _Writer(dcp.FileSystemWriter):
 class _Reader(dcp.FileSystemReader):
     """torch's reader without its `pickle.load`; tensors it already reads with `weights_only`."""
 
+    def __init__(self, path: Place) -> None:
+        super().__init__("")
+        self.fs, self.path = _Files(), path  # type: ignore[assignment]
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        path = Path(self.path) / METADATA
+        path = self.path / METADATA  # type: ignore[operator]
         try:
             with path.open("rb") as file:
                 metadata = _MetadataUnpickler(file).load()
@@ -323,7 +388,7 @@ class _Reader(dcp.FileSystemReader):
         self._check(path, metadata)
         return metadata
 
-    def _check(self, path: Path, metadata: Any) -> None:
+    def _check(self, path: Place, metadata: Any) -> None:
         fine = isinstance(metadata, Metadata) and isinstance(metadata.storage_data, dict)
         # An entry that is no tensor would go through an unrestricted torch.load.
         if not fine or _tensors(metadata).keys() != metadata.state_dict_metadata.keys():
@@ -354,7 +419,7 @@ class _Ranks:
         result, failure = None, None
         try:
             result = work()
-        except CheckpointError as error:
+        except (CheckpointError, StoreError) as error:
             failure = error
         except Exception as error:
             failure = CheckpointError(_cause(error))
@@ -397,23 +462,16 @@ def _cause(error: BaseException) -> str:
     return line if isinstance(error, (ConfigError, OSError)) else f"{type(error).__name__}: {line}"
 
 
-def _step(path: Path) -> int:
+def _step(path: Place) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def _remove(path: Path) -> None:
-    """Deletes a checkpoint; it is hidden first, so that none is ever seen half-deleted."""
-    hidden = path.with_name(f".{path.name}.old.tmp")
-    path.rename(hidden)
-    shutil.rmtree(hidden)
-
-
-def _digest(path: Path) -> str:
+def _digest(path: Place) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Place) -> dict[str, Any]:
     try:
         values = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -425,16 +483,5 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    with path.open("w") as file:
-        json.dump(values, file, indent=1, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _json(values: dict[str, Any]) -> bytes:
+    return json.dumps(values, indent=1, allow_nan=False).encode()

@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nsa_dist.errors import ConfigError as ConfigError
 from nsa_dist.kernels import NSASpec
+from nsa_dist.store import check_known
 
 AUTO = "auto"
 LAYER_KINDS = ("nsa", "full", "window")
@@ -35,6 +36,7 @@ CHOICES = {
 @dataclass
 class RunConfig:
     dir: str = "runs/default"  # everything that the run leaves
+    store: str = ""  # where its checkpoints are kept: another folder, or any fsspec URL; "": run.dir
     seed: int = 0
     resume: str = "auto"  # auto, never, or a checkpoint's or run's folder
 
@@ -315,6 +317,8 @@ def check_config(config: Config) -> Config:
     for key in ("train.weight_decay", "train.clip"):  # found only in a checkpoint otherwise
         _require(math.isfinite(_get(config, key)), key, _get(config, key), "finite")
     _require(0 <= config.train.min_lr <= 1, "train.min_lr", config.train.min_lr, "from 0 to 1")
+    for key in ("run.store", "run.resume"):
+        check_known(key, _get(config, key))
     _check_model(config)
     _check_parallel(config)
     _check_sources(config)

@@ -21,6 +21,7 @@ from torch import Tensor
 from nsa_dist.checkpoint import CheckpointError, OtherModelError, checkpoints, load, read_trainer
 from nsa_dist.config import Config, ConfigError
 from nsa_dist.metrics import FILE as METRICS
+from nsa_dist.store import Place, check_writable, place
 
 CONFIG, EVENTS, LOCK = "config.yaml", "events.jsonl", "lock"
 # What another run's checkpoint must agree on (run.resume=PATH) …
@@ -28,6 +29,7 @@ _MODEL_KEYS = ("model.", "nsa.", "data.tokenizer")
 # … and what a run that goes on (run.resume=auto) may change: how long, how often, where, on how many ranks.
 _FREE_KEYS = {
     "run.dir",
+    "run.store",
     "run.resume",
     "data.cache_dir",
     "data.epochs",
@@ -86,7 +88,7 @@ class Resume:
     `same_run`: they are this run's own, or it starts afresh; else they are another's (run.resume=PATH).
     """
 
-    checkpoints: tuple[Path, ...]
+    checkpoints: tuple[Place, ...]
     same_run: bool
 
 
@@ -97,12 +99,29 @@ def open_run(config: Config) -> Resume:
     configuration, naming the first key that differs, and where no checkpoint of several is whole.
     """
     run_dir, mode = Path(config.run.dir), config.run.resume
-    if mode == "never" and _holds_run(run_dir):
+    if config.run.store:
+        check_writable(store_of(config))
+    if mode == "never" and (checkpoints(store_of(config)) or (run_dir / METRICS).exists()):
         raise ConfigError(f"run.dir={run_dir}: holds a run; must be a new folder with run.resume=never")
-    resume = own_checkpoints(config) if mode in ("auto", "never") else _from_path(config, Path(mode))
+    resume = own_checkpoints(config) if mode in ("auto", "never") else _from_path(config, place(mode))
+    _check_same_store(config, resume)
     run_dir.mkdir(parents=True, exist_ok=True)
     write_config(config)
     return resume
+
+
+def store_of(config: Config) -> Place:
+    """Where the run's `checkpoints` are."""
+    return place(config.run.store or config.run.dir)
+
+
+def _check_same_store(config: Config, resume: Resume) -> None:
+    """A run that went on elsewhere would begin at its start beside its own checkpoints."""
+    before = place(_before(config.run.dir, "run.store") or config.run.dir)
+    if not resume.checkpoints and before != store_of(config) and checkpoints(before):
+        raise ConfigError(
+            f"run.store={config.run.store}: holds no checkpoint, {before} has this run's; must be that one, or a copy"
+        )
 
 
 def write_config(config: Config) -> None:
@@ -118,12 +137,12 @@ def own_checkpoints(config: Config) -> Resume:
 
     Raises ConfigError as `open_run` does; a checkpoint that lacks a file is an event, and is left out.
     """
-    run_dir = Path(config.run.dir)
-    present = checkpoints(run_dir)
-    whole = _whole(present, run_dir)
+    present = checkpoints(store_of(config))
+    whole = _whole(present, Path(config.run.dir))
     if present and not whole:
+        key = "run.store" if config.run.store else "run.dir"
         raise CheckpointError(
-            f"run.dir={run_dir}: none of its {len(present)} checkpoints is whole; must be another folder"
+            f"{key}={store_of(config)}: none of its {len(present)} checkpoints is whole; must be another folder"
         )
     _check_fit(whole, fitting(config))
     return Resume(tuple(whole), same_run=True)
@@ -168,28 +187,25 @@ def event(run_dir: str | Path, kind: str, **fields: Any) -> None:
         file.write(line)
 
 
-def _holds_run(run_dir: Path) -> bool:
-    return bool(checkpoints(run_dir)) or (run_dir / METRICS).exists()
-
-
-def _from_path(config: Config, path: Path) -> Resume:
+def _from_path(config: Config, path: Place) -> Resume:
     """Another run's checkpoints. A run that once began there, and has its own by now, goes on from those."""
-    run_dir = Path(config.run.dir)
-    if path.resolve() == run_dir.resolve():
+    run_dir, home = Path(config.run.dir), store_of(config)
+    if path.resolve() in (run_dir.resolve(), home.resolve()):
         return own_checkpoints(config)
-    if path.resolve().parent.parent == run_dir.resolve():  # back to an earlier step of this run
+    if path.resolve().parent.parent == home.resolve():  # back to an earlier step of this run
         chosen = tuple(own for own in own_checkpoints(config).checkpoints if own.resolve() == path.resolve())
         if not chosen:
             raise ConfigError(f"run.resume={path}: must be one of this run's whole checkpoints")
         return Resume(chosen, same_run=True)
-    if checkpoints(run_dir):
-        if _began_at(run_dir) != str(path):
+    if checkpoints(home):
+        if _before(run_dir, "run.resume") != str(path):
             raise ConfigError(f"run.dir={run_dir}: holds another run; must be a new folder with run.resume={path}")
         return own_checkpoints(config)
     if not path.is_dir():
         raise ConfigError(f"run.resume={path}: no such folder; must be auto, never, or a checkpoint's or run's")
     single = path.name.startswith("step-")
-    whole = _whole([path] if single else checkpoints(path), run_dir)
+    elsewhere = _before(path, "run.store") if isinstance(path, Path) else None
+    whole = _whole([path] if single else checkpoints(elsewhere or path), run_dir)
     if not whole:
         raise CheckpointError(f"run.resume={path}: holds no whole checkpoint; must be checkpoints/step-N or a run")
     wanted = {k: v for k, v in fitting(config).items() if k.startswith(_MODEL_KEYS)}
@@ -197,14 +213,15 @@ def _from_path(config: Config, path: Path) -> Resume:
     return Resume(tuple(whole), same_run=False)
 
 
-def _began_at(run_dir: Path) -> str | None:
-    file = run_dir / CONFIG
-    return OmegaConf.select(OmegaConf.load(file), "run.resume") if file.is_file() else None
+def _before(run_dir: str | Path, key: str) -> str | None:
+    """A key's value in the configuration that a run's folder holds."""
+    file = Path(run_dir) / CONFIG
+    return OmegaConf.select(OmegaConf.load(file), key) if file.is_file() else None
 
 
-def _whole(paths: list[Path], run_dir: Path) -> list[Path]:
+def _whole(paths: list[Place], run_dir: Path) -> list[Place]:
     """Those that have all their files; digests are checked by the ranks, in shares, when they load."""
-    whole = []
+    whole: list[Place] = []
     for path in paths:
         try:
             read_trainer(path)
@@ -216,7 +233,7 @@ def _whole(paths: list[Path], run_dir: Path) -> list[Path]:
     return whole
 
 
-def _check_fit(paths: list[Path], wanted: dict[str, Any]) -> None:
+def _check_fit(paths: list[Place], wanted: dict[str, Any]) -> None:
     for path in paths:
         there = read_trainer(path).get("config", {})
         for key, here in wanted.items():

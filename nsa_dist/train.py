@@ -35,7 +35,7 @@ from nsa_dist.parallel.parameters import clip_gradients, shard_parameters
 from nsa_dist.parallel.sequence import ShardedSequence
 from nsa_dist.process import is_collective_error
 from nsa_dist.rivals import DTYPES, RIVALS, grad_dtype, rival_tables
-from nsa_dist.rundir import Resume, event, fitting, load_resume
+from nsa_dist.rundir import Resume, event, fitting, load_resume, store_of
 
 Report = Callable[[dict[str, Any]], bool | None]
 
@@ -95,7 +95,7 @@ def train(config: Config, resume: Resume, report: Report, skip: Collection[int] 
     reader = Reader(config, mesh, device)
     model, optimizer = build(config, corpus.vocab_size, mesh, device)
     state = training_state(model, optimizer)
-    saver = Checkpointer(config.run.dir, config.train.keep_checkpoints)
+    saver = Checkpointer(store_of(config), config.train.keep_checkpoints)
 
     loaded = load_resume(resume, config.run.dir, state, say=say)
     start = 0
@@ -321,7 +321,7 @@ def not_finite(config: Config, step: int, loss: float, norm: float, saved: int) 
             kept = f"the last checkpoint, of step {saved}, is untouched" if saved else "there is no checkpoint yet"
             advice = f"try a train.lr below {config.train.lr:g}, or train.clip"
             if saved:  # auto refuses another learning rate
-                advice += f", in a new run.dir with run.resume={config.run.dir}/checkpoints/step-{saved}"
+                advice += f", in a new run.dir with run.resume={store_of(config)}/checkpoints/step-{saved}"
             return f"{name}={value} at step {step}: must be finite; {kept} ({advice})"
     return ""
 

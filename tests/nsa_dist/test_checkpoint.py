@@ -38,6 +38,7 @@ from nsa_dist.checkpoint import (
 )
 from nsa_dist.config import Config, ConfigError, config_from_dict, load_config
 from nsa_dist.rundir import RunLock, event, fitting, load_resume, open_run
+from nsa_dist.store import place
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -219,6 +220,55 @@ def test_what_two_ranks_saved_loads_on_others(saved: Any, tmp_path: Path, ranks:
         assert data_index == 8 and same == (ranks == 2)
         if ranks == 2:
             assert after == losses  # the uninterrupted run's, to the bit
+
+
+def test_at_a_url_it_counts_once_its_manifest_is_there(tmp_path: Path) -> None:
+    url, saved = f"file://{tmp_path}/there", tmp_path / "there" / "checkpoints" / "step-2"
+    (tmp_path / "there" / "checkpoints" / "step-1").mkdir(parents=True)  # what a killed run has left
+    (state, losses), _ = run_ranks("train_and_save", 2, tmp_path, url)
+    assert [path.name for path in saved.parent.iterdir()] == ["step-2"]
+    assert newest(url) == checkpoints(url)[0] == place(f"{url}/checkpoints/step-2")
+    verify(f"{url}/checkpoints/step-2")
+    for ranks in (2, 3):
+        for loaded, _, same, after in run_ranks("resume", ranks, tmp_path, f"{url}/checkpoints/step-2"):
+            assert all(torch.equal(loaded[name], state[name]) for name in state)
+            assert (same, after == losses) == (ranks == 2, ranks == 2)
+    flip(saved / "__1_0.distcp")
+    with pytest.raises(CheckpointError, match=r"^file://.*/step-2/__1_0\.distcp: damaged"):
+        load(f"{url}/checkpoints/step-2", training_state(*build()))
+    (saved / "manifest.json").unlink()
+    assert checkpoints(url) == []
+
+
+def test_in_an_object_store_the_manifest_is_the_last_to_come_and_the_first_to_go(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """fsspec's own in-memory store; what each of its calls would leave if it were the last one."""
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    calls = []
+
+    def watch(name: str) -> None:
+        call = getattr(MemoryFileSystem, name)
+
+        def watched(self: Any, *words: Any, **more: Any) -> Any:
+            result = call(self, *words, **more)
+            calls.append(name)
+            for path in checkpoints("memory://bucket/run"):
+                verify(path)  # at every moment what is seen is whole
+            return result
+
+        monkeypatch.setattr(MemoryFileSystem, name, watched)
+
+    for name in ("rm_file", "pipe_file", "cp_file", "makedirs"):
+        watch(name)
+    saver, tensor = Checkpointer("memory://bucket/run", keep=2), torch.zeros(4, 3)
+    for step in (5, 10, 15, 10):
+        saver.save(step, {"w": torch.full((4, 3), float(step))}, {})
+        saver.wait()
+    assert [path.name for path in checkpoints("memory://bucket/run")] == ["step-10"]
+    assert load("memory://bucket/run/checkpoints/step-10", {"w": tensor})["step"] == 10 and (tensor == 10).all()
+    assert set(calls) == {"rm_file", "pipe_file", "cp_file", "makedirs"}
 
 
 def test_a_failing_rank_fails_on_all_and_harms_nothing(tmp_path: Path) -> None:
