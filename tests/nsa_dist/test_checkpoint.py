@@ -7,8 +7,10 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import resource
 import runpy
+import shutil
 import signal
 import threading
 import time
@@ -196,11 +198,11 @@ def flip(file: Path) -> None:
     file.write_bytes(data)
 
 
-def save_plain(run: Path, step: int, config: Config | None = None, keep: int = 0) -> Path:
+def save_plain(run: Any, step: int, config: Config | None = None, keep: int = 0) -> Any:
     saver = Checkpointer(run, keep)
     saver.save(step, {"w": torch.full((4, 3), float(step))}, {"config": fitting(config or Config())})
     saver.wait()
-    return run / "checkpoints" / f"step-{step}"
+    return place(run) / "checkpoints" / f"step-{step}"
 
 
 @pytest.fixture(scope="module")
@@ -477,6 +479,40 @@ def test_auto_begins_then_goes_on_and_skips_what_is_damaged(tmp_path: Path) -> N
         "step-2",
     ]
     assert load_config(str(tmp_path / "config.yaml"), []) == fits
+
+
+def test_a_store_holds_the_checkpoints_and_is_not_forgotten(tmp_path: Path) -> None:
+    run, url = tmp_path / "run", f"file://{tmp_path}/there"
+    fits = config(run, run={"store": url})
+    assert open_run(fits).checkpoints == ()
+    save_plain(url, 1)
+    (first,) = open_run(fits).checkpoints
+    assert str(first) == f"{url}/checkpoints/step-1"
+    tensor = torch.zeros(4, 3)
+    assert load_resume(open_run(fits), run, {"w": tensor}) is not None and (tensor == 1).all()
+    with pytest.raises(ConfigError, match=rf"run\.store=: holds no checkpoint, {url} has this run's"):
+        open_run(config(run))
+    for resume in (str(run), url, str(first)):  # another run goes on from there
+        found = open_run(config(tmp_path / "new", run={"resume": resume}))
+        assert (found.checkpoints, found.same_run) == ((first,), False)
+    moved = f"file://{tmp_path}/moved"
+    shutil.copytree(tmp_path / "there", tmp_path / "moved")
+    assert len(open_run(config(run, run={"store": moved})).checkpoints) == 1
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("s33://bucket/run", "must be a folder or a URL of a protocol that fsspec knows; nearest: s3"),
+        ("oci://bucket/run", "oci:// needs a package that isn't there"),
+        ("memory://run", "must be a place that outlives the process"),
+        ("http://127.0.0.1:9/run", "must be a place that can be written"),
+    ],
+)
+def test_a_store_that_cannot_be_is_one_line(tmp_path: Path, url: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"run.store={url}: {message}")) as error:
+        open_run(load_config(None, [f"run.store={url}", f"run.dir={tmp_path}/run"]))
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
 
 def test_another_model_is_no_damage_to_fall_back_from(tmp_path: Path) -> None:
