@@ -38,7 +38,7 @@ def main(words: list[str]) -> int:
     config = absolute(load_config(args.config, args.words))
     train = replace(config.train, steps=4 * args.kills + 20, checkpoint_every=3, validate_every=0)
     train = replace(train, validation_sequences=0, keep_checkpoints=3)
-    launch = replace(config.launch, device="cpu", heartbeat_s=15, max_failures=10_000)
+    launch = replace(config.launch, device="cpu", heartbeat_s=min(config.launch.heartbeat_s, 15), max_failures=10_000)
     parallel = replace(config.parallel, dp=1, cp=2)
     config = replace(config, train=train, launch=launch, parallel=parallel)
     with tempfile.TemporaryDirectory(prefix="nsa-kills-") as folder, running_cluster(2) as cluster:
@@ -55,13 +55,15 @@ def main(words: list[str]) -> int:
             struck.finish()
         finally:
             struck.close()
-        for path in checkpoints(struck.dir):
+        left = checkpoints(struck.dir)
+        for path in left:
             verify(path)
-        recoveries, lost = struck.events("recovery"), 0
+        recoveries = struck.events("recovery")
         lost = sum(row["steps_lost"] for row in recoveries)
         equal = struck.losses() == quiet.losses()
         facts = {"kills": sum(counts.values()), "by_kind": dict(counts), "steps": train.steps, "steps_lost": lost}
-        print(json.dumps(facts | {"recoveries": len(recoveries), "losses_equal": equal}))
+        facts |= {"recoveries": len(recoveries), "checkpoints": len(left), "losses_equal": equal}
+        print(json.dumps(facts))
         return 0 if equal else 1
 
 
