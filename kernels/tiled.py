@@ -129,11 +129,11 @@ def group_keys(k_NGD: Tensor) -> Tensor:
 
 
 def tile_scores(q_GMRD: Tensor, k_GND: Tensor, mask_MN: Tensor | None, scale: float) -> Tensor:
-    """[G, M, R, N]: scaled products, -inf where a query does not see a row."""
+    """[G, M, R, N]: scaled products, -inf where a query does not see a row; the mask may be [G, M, N] too."""
     g, m, r, d = q_GMRD.shape
     s = torch.bmm((q_GMRD * scale).reshape(g, m * r, d), k_GND.transpose(1, 2)).view(g, m, r, -1)
     if mask_MN is not None:
-        s.masked_fill_(~mask_MN[None, :, None, :], -torch.inf)
+        s.masked_fill_(~mask_MN.unsqueeze(-2), -torch.inf)
     return s
 
 
@@ -190,7 +190,8 @@ def tile_backward(
     """
     lse = lse_GMR.masked_fill(lse_GMR == -torch.inf, 0)  # such a query's scores are all -inf
     if q_GMRD.device.type != "cpu":
-        return tile_softmax_backward(do_GMRD, q_GMRD, k_GND, v_GND, o_GMRD, lse, mask_MN, scale)
+        delta = (do_GMRD * o_GMRD).sum(-1)
+        return tile_softmax_backward(do_GMRD, q_GMRD, k_GND, v_GND, delta, lse, mask_MN, scale)
     q, k, v, o, do = _heads_first(q_GMRD, k_GND, v_GND, o_GMRD, do_GMRD)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     bias = _bias(mask_MN, q.dtype)
@@ -204,19 +205,18 @@ def tile_softmax_backward(
     q_GMRD: Tensor,
     k_GND: Tensor,
     v_GND: Tensor,
-    o_GMRD: Tensor,
+    delta_GMR: Tensor,
     lse_GMR: Tensor,
     mask_MN: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`tile_backward` in separate operations; lse is finite."""
+    """`tile_backward` in separate operations; lse is finite, delta the sum over a row of do times o."""
     g, m, r, d = q_GMRD.shape
     s = tile_scores(q_GMRD, k_GND, mask_MN, scale)
     p = s.sub_(lse_GMR.unsqueeze(-1)).exp_().view(g, m * r, -1)
     do = do_GMRD.reshape(g, m * r, -1)
-    delta = (do_GMRD * o_GMRD).sum(-1).view(g, m * r, 1)
     dv = torch.bmm(p.transpose(1, 2), do)
-    ds = torch.bmm(do, v_GND.transpose(1, 2)).sub_(delta).mul_(p).mul_(scale)
+    ds = torch.bmm(do, v_GND.transpose(1, 2)).sub_(delta_GMR.reshape(g, m * r, 1)).mul_(p).mul_(scale)
     dq = torch.bmm(ds, k_GND).view(g, m, r, d)
     dk = torch.bmm(ds.transpose(1, 2), q_GMRD.reshape(g, m * r, d))
     return dq, dk, dv

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nsa_dist.kernels import NSASpec, nsa_attention
+from nsa_dist.kernels import NSASpec, nsa_attention, selected
 from nsa_dist.kernels.attention import local_views
 from nsa_dist.kernels.combine import merge
 from nsa_dist.kernels.compressed import compressed_forward
@@ -58,6 +58,26 @@ def test_the_vectorised_path_is_the_reference(case: Any) -> None:
     grads = [torch.autograd.grad(out, xs, do) for out in outs]
     for name, a, b in zip(NAMES, *grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_the_selected_branch_is_the_same_in_chunks_and_items_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also twice the same, to the bit, where blocks are picked by many queries and by one."""
+    spec, lengths = NSASpec(8, 4, 16, 5, 1, 2, 24), [150, 75]
+    xs = make(spec, lengths, 4, 2, 6, 5)
+    cu = torch.tensor([0, 150, 225], dtype=torch.int32)
+
+    def run(backend: str) -> list[Tensor]:
+        out = nsa_attention(*xs, spec, cu_seqlens=cu, backend=backend)
+        return [out, *torch.autograd.grad(out.square().sum(), xs)]
+
+    want = run("reference")
+    for chunk, item, batch in ((1, 1, 1), (2000, 2, 100), (2000, 6, 1 << 19), (1 << 25, 128, 1 << 19)):
+        monkeypatch.setattr(selected, "_CHUNK_BYTES", chunk)
+        monkeypatch.setattr(selected, "_ITEM_ROWS", item)
+        monkeypatch.setattr(selected, "_BATCH", batch)
+        found = run("auto")
+        torch.testing.assert_close(found, want, rtol=1e-10, atol=1e-12)
+        assert all(torch.equal(a, b) for a, b in zip(found, run("auto"), strict=True))
 
 
 @settings(max_examples=10, deadline=None)
