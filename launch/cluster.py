@@ -64,23 +64,42 @@ def start_cluster(nodes: int = 1, cpus: int = 1, gpus: list[int] | None = None, 
 
 def add_node(cluster: Cluster, cpus: int = 1, gpus: list[int] | None = None, follow: bool = True) -> None:
     """Starts one node more, the last of `cluster.nodes`; the first is the head. Returns when Ray has it."""
-    gpus = gpus or []
-    name = f"node-{len(cluster.nodes)}"
+    process, facts = _start_node(cluster, f"node-{len(cluster.nodes)}", cpus, gpus or [], follow, cluster.gcs)
+    cluster.nodes.append(process)
+    cluster.node_ids.append(facts["node_id"])
+    if len(cluster.nodes) == 1:
+        cluster.gcs, cluster.dashboard = facts["gcs"], facts["dashboard"]
+
+
+def restart_head(cluster: Cluster, cpus: int = 1) -> None:
+    """Starts the head again, which was killed: at its address, with what Ray has written down."""
+    port = int(cluster.gcs.rpartition(":")[2])
+    cluster.nodes[0], facts = _start_node(cluster, "node-0", cpus, [], True, "", port)
+    cluster.node_ids[0], cluster.dashboard = facts["node_id"], facts["dashboard"]
+
+
+def _start_node(
+    cluster: Cluster, name: str, cpus: int, gpus: list[int], follow: bool, gcs: str, port: int = 0
+) -> tuple[int, dict[str, str]]:
+    """Its process id and what it says of itself. gcs "": the head, at this port (0: any)."""
     options = {
         "name": name,
         "cpus": cpus,
         "gpus": len(gpus),
         "object_store_bytes": OBJECT_STORE_BYTES,
         "folder": cluster.folder,
-        "gcs": cluster.gcs,
+        "gcs": gcs,
+        "gcs_port": port,
         "follow": follow,
         "dashboard_port": 0 if follow else _dashboard_port(),
     }
     environment = ray_environment(cluster.token)
+    if not gcs:  # what Ray knows survives its head
+        environment |= {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": f"{cluster.folder}/gcs"}
     if gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
     log = Path(cluster.folder) / f"{name}.txt"
-    with log.open("wb") as errors:
+    with log.open("ab") as errors:
         process = subprocess.Popen(
             [sys.executable, "-m", "nsa_dist.launch.node", json.dumps(options)],
             stdin=subprocess.PIPE if follow else subprocess.DEVNULL,
@@ -90,16 +109,13 @@ def add_node(cluster: Cluster, cpus: int = 1, gpus: list[int] | None = None, fol
             start_new_session=True,
         )
     cluster.processes.append(process)
-    cluster.nodes.append(process.pid)
     assert process.stdout is not None
     line = process.stdout.readline()
     if not line:
+        kill_tree(process.pid)
         lines = log.read_text().strip().splitlines() or ["no word"]
         raise RuntimeError(f"a node of the local Ray cluster did not start: {lines[-1]}")
-    facts = json.loads(line)
-    cluster.node_ids.append(facts["node_id"])
-    if len(cluster.nodes) == 1:
-        cluster.gcs, cluster.dashboard = facts["gcs"], facts["dashboard"]
+    return process.pid, json.loads(line)
 
 
 def kill_node(cluster: Cluster, index: int) -> None:

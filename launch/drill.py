@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nsa_dist.config import Config, ConfigError, check_config
-from nsa_dist.launch.cluster import Cluster, add_node, kill_node, start_cluster, stop_cluster
+from nsa_dist.launch.cluster import Cluster, add_node, kill_node, restart_head, start_cluster, stop_cluster
 from nsa_dist.launch.drill_run import DrillError, DrillRun
 from nsa_dist.launch.package import absolute
 from nsa_dist.rundir import event
@@ -200,6 +200,17 @@ def _killed_launcher(drill: Drill, name: str) -> Row:
     return replace(row, told=next(line for line in run.lines() if line.startswith("failure: the launcher")))
 
 
+def _restarted_head(drill: Drill, name: str) -> Row:
+    """SIGKILL to all of the head's processes; it starts again at once, where it was, with its store."""
+    run = drill.run(name)
+    run.until_step(STRIKE)
+    cluster, at = drill.cluster(), time.time()
+    kill_node(cluster, 0)
+    restart_head(cluster)
+    row = _second_start(drill, run, name, at)
+    return replace(row, told=next(line for line in run.lines() if line.startswith("failure: the launcher")))
+
+
 def _sigterm(drill: Drill, name: str) -> Row:
     """The times are those from the signal to the end, and from the next start until it trains."""
     run = drill.run(name)
@@ -294,6 +305,7 @@ FAILURES: dict[str, Callable[[Drill, str], Row]] = {
     "spot-node": _spot_node,
     "added-node": _added_node,
     "killed-launcher": _killed_launcher,
+    "restarted-head": _restarted_head,
     "full-disk": _full_disk,
     "flipped-byte": _damaged(_flip),
     "half-checkpoint": _damaged(_halve),

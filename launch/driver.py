@@ -3,6 +3,7 @@
 Both run in the folder that package.py has filled.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from functools import partial
@@ -26,6 +28,7 @@ from nsa_dist.stop import die_with_parent, stop_on_signal
 from nsa_dist.store import check_known, check_writable, place
 
 _RESTARTS = 5
+_LOST_RAY = 75  # exit status of a launcher whose Ray has ended beneath it
 _STEADY_S = 3600.0  # a launcher that has run so long was no failing start
 _PROBE_S = 120.0  # for a node to answer
 _ALWAYS_S = 365 * 86400.0
@@ -51,14 +54,14 @@ def supervise() -> int:
         began = time.monotonic()
         child = subprocess.Popen([*words, "--again"] if failures else words, start_new_session=True)
         status = child.wait()
-        if status >= 0 or asked:  # it has said how it ended
+        if (status >= 0 and status != _LOST_RAY) or asked:  # it has said how it ended
             return status if status >= 0 else 128 - status
+        cause = "was killed by " + signal.Signals(-status).name if status < 0 else "has lost Ray on its node"
         failures = 1 if time.monotonic() > began + _STEADY_S else failures + 1
-        name = signal.Signals(-status).name
         if failures > _RESTARTS:
-            console.say(f"nsa-dist: error: the launcher was killed by {name} {failures} times; given up")
+            console.say(f"nsa-dist: error: the launcher {cause}, {failures} times; given up")
             return 1
-        console.say(f"failure: the launcher was killed by {name}; it is started again ({failures} of {_RESTARTS})")
+        console.say(f"failure: the launcher {cause}; it is started again ({failures} of {_RESTARTS})")
         end = time.monotonic() + min(2.0 ** (failures - 1), 30.0)
         while time.monotonic() < end and not asked:
             time.sleep(0.1)
@@ -77,8 +80,11 @@ def drive(again: bool) -> None:
     import ray
 
     on_sigterm = signal.getsignal(signal.SIGTERM)
+    if again:
+        _wait_for_head(config.launch.wait_s)
     ray.init(log_to_driver=False, logging_level=logging.ERROR)
     signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own in its place
+    threading.Thread(target=_follow_ray, daemon=True).start()
     gpus = int(ray.cluster_resources().get("GPU", 0))
     device = config.launch.device if config.launch.device != AUTO else "cuda" if gpus else "cpu"
     if not again:
@@ -95,6 +101,28 @@ def drive(again: bool) -> None:
     # Ray sends SIGTERM to this process and to the one beside it, which passes it on.
     with session(sized, console, world_size, device) as resume, stop_on_signal(insist=False) as stop:
         train_through(config, resume, console, device, stop, fn, _ALWAYS_S)
+
+
+def _wait_for_head(wait_s: float) -> None:
+    """Returns when Ray's head listens at RAY_ADDRESS, or after so long: connecting tells what is wrong then."""
+    host, _, port = os.environ.get("RAY_ADDRESS", "").rpartition(":")
+    end = time.monotonic() + wait_s
+    while host and time.monotonic() < end:
+        with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=5):
+            return
+        time.sleep(0.5)
+
+
+def _follow_ray() -> None:
+    """Ends this process when Ray on this node does: a driver without it waits for ever, and starts nothing more."""
+    from ray._private.worker import global_worker
+
+    path, misses = global_worker.node.raylet_socket_name, 0
+    while misses < 3:
+        time.sleep(0.5)
+        with socket.socket(socket.AF_UNIX) as probe:
+            misses = misses + 1 if probe.connect_ex(path) else 0
+    os._exit(_LOST_RAY)
 
 
 def _sized(config: Config, device: str) -> Config:

@@ -23,7 +23,8 @@ from nsa_dist.launch.processes import kill_tree
 def main(options: dict[str, Any]) -> None:
     """Starts the node, prints where it is as a line of JSON, and ends, with all of its processes, on SIGTERM.
 
-    options: name, cpus, gpus, object_store_bytes, folder; gcs, the head's address, or "" in the head itself;
+    options: name, cpus, gpus, object_store_bytes, folder; gcs, the head's address, or "" in the head itself, at
+    gcs_port (0: any);
     dashboard_port, 0: any; follow: it ends too when its standard input does, which the process that started it
     holds.
     """
@@ -40,6 +41,7 @@ def main(options: dict[str, Any]) -> None:
         runtime_env_dir_name=f"runtime-{options['name']}",
         include_dashboard=head,
         dashboard_port=options["dashboard_port"],
+        gcs_server_port=options["gcs_port"] if head else None,
         # Ports that the system chooses: nodes share the machine.
         min_worker_port=0,
         max_worker_port=0,

@@ -12,14 +12,14 @@ from tests.launch.test_recover import configure, recipe
 __all__ = ["recipe"]  # a fixture
 
 
-def test_the_drill_recovers_from_a_killed_launcher(
+def test_the_drill_recovers_from_a_head_that_is_killed_and_starts_again(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, words = configure(recipe, tmp_path / "run")
     file = tmp_path / "rows.json"
-    assert main(["drill", *words, "--only", "killed-launcher", "--json", str(file)]) == 0
+    assert main(["drill", *words, "--only", "restarted-head", "--json", str(file)]) == 0
     (row,) = json.loads(file.read_text())
-    assert (row["failure"], row["losses_equal"]) == ("killed-launcher", True)
+    assert (row["failure"], row["losses_equal"]) == ("restarted-head", True)
     assert row["steps_lost"] <= 6 and row["training_again_s"] > 0
     assert len(capsys.readouterr().out.splitlines()) == 2
 
@@ -27,7 +27,7 @@ def test_the_drill_recovers_from_a_killed_launcher(
 def test_unknown_failures_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["drill", "--list"]) == 0
     names = capsys.readouterr().out.split()
-    assert len(names) == 12 and "lost-node" in names
+    assert len(names) == 13 and "lost-node" in names
     assert main(["drill", "--only", "lost-nod"]) == 2
     assert "nearest: lost-node" in capsys.readouterr().err
 
