@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 from nsa_dist.config import ConfigError
@@ -94,7 +95,7 @@ def _start_node(
         "dashboard_port": 0 if follow else _dashboard_port(),
     }
     environment = ray_environment(cluster.token)
-    if not gcs:  # what Ray knows survives its head
+    if not gcs and has_store():  # what Ray knows survives its head
         environment |= {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": f"{cluster.folder}/gcs"}
     if gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
@@ -116,6 +117,11 @@ def _start_node(
         lines = log.read_text().strip().splitlines() or ["no word"]
         raise RuntimeError(f"a node of the local Ray cluster did not start: {lines[-1]}")
     return process.pid, json.loads(line)
+
+
+def has_store() -> bool:
+    """Whether Ray keeps what it knows on a disk: tried with 2.60."""
+    return tuple(int(part) for part in version("ray").split(".")[:2]) >= (2, 60)
 
 
 def kill_node(cluster: Cluster, index: int) -> None:

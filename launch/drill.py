@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nsa_dist.config import Config, ConfigError, check_config
-from nsa_dist.launch.cluster import Cluster, add_node, kill_node, restart_head, start_cluster, stop_cluster
+from nsa_dist.launch.cluster import Cluster, add_node, has_store, kill_node, restart_head, start_cluster, stop_cluster
 from nsa_dist.launch.drill_run import DrillError, DrillRun
 from nsa_dist.launch.package import absolute
 from nsa_dist.rundir import event
@@ -202,6 +202,8 @@ def _killed_launcher(drill: Drill, name: str) -> Row:
 
 def _restarted_head(drill: Drill, name: str) -> Row:
     """SIGKILL to all of the head's processes; it starts again at once, where it was, with its store."""
+    if not has_store():
+        raise DrillError("not made: Ray keeps what it knows on a disk from 2.60 on")
     run = drill.run(name)
     run.until_step(STRIKE)
     cluster, at = drill.cluster(), time.time()
