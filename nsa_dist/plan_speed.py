@@ -31,8 +31,8 @@ def main() -> None:
     args = parser.parse_args()
     packing = Packing(np.array([0, args.tokens]), SPEC)
     nodes = np.arange(args.ranks) // args.per_node
-    wanted = np.random.default_rng(0).random((args.ranks, args.kv_heads, packing.blocks)) < args.union
-    bits = np.packbits(wanted, axis=-1)
+    selected = np.random.default_rng(0).random((args.ranks, args.kv_heads, packing.blocks)) < args.union
+    wanted = block_plan.selected_bits(np.packbits(selected, axis=-1))
     for kind in ("contiguous", "zigzag"):
         layout = make_layout(kind, args.tokens, args.ranks, SPEC.select_block)
         pieces = make_pieces(layout, packing, needs.causal(layout, packing))
@@ -40,7 +40,7 @@ def main() -> None:
             times = []
             for _ in range(args.repeats):
                 start = time.thread_time()
-                plan = block_plan.block_plan(layout, pieces, block_plan.selected_bits(pieces, bits), rank, nodes)
+                plan = block_plan.block_plan(layout, pieces, wanted, rank, args.kv_heads, nodes)
                 times.append(time.thread_time() - start)
             rows = plan.buffer.rows
             middle, least = 1e3 * statistics.median(times), 1e3 * min(times)

@@ -171,14 +171,15 @@ class NSAExchange(Operation):
             rounds = block_plan.piece_rounds(seq.pieces, need, self.max_bytes // row_bytes)
             wanted = [block_plan.given(part) for part in rounds]
         axis = seq.axis
-        return [block_plan.block_plan(seq.layout, seq.pieces, each, axis.rank, axis.nodes) for each in wanted]
+        return [
+            block_plan.block_plan(seq.layout, seq.pieces, each, axis.rank, k.shape[1], axis.nodes) for each in wanted
+        ]
 
     def wanted(self, bits: Tensor, groups: int) -> Wanted:
         """What each rank fetches."""
-        seq = self.sequence
         if self.exchange != "nsa":
-            return block_plan.dense(seq.pieces, groups, causal=self.exchange == "groupcast")
-        return block_plan.selected_bits(seq.pieces, bits.numpy())
+            return block_plan.dense(groups, causal=self.exchange == "groupcast")
+        return block_plan.selected_bits(bits.numpy())
 
 
 class WindowExchange(Operation):

@@ -6,6 +6,8 @@ goes from its owner, on another node, to one of them, which sends it on inside t
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,70 +16,102 @@ from nsa_dist.kernels.packing import Ints
 from nsa_dist.parallel.layout import Layout
 from nsa_dist.parallel.plan import Bools, Pieces
 
-# For ranks [R] and pieces [n]: bool [R, G, n], whether the rank fetches the piece for each KV head.
-Wanted = Callable[[Ints, Ints], Bools]
+
+@dataclass(frozen=True)
+class Part:
+    """Some ranks [R] and some pieces [n], and what the layout alone says of them."""
+
+    pieces: Pieces
+    ranks: Ints
+    at: Ints
+
+    @cached_property
+    def foreign(self) -> Bools:
+        """[R, 1, n]: whether the piece is not the rank's own."""
+        return (self.pieces.owner[self.at] != self.ranks[:, None])[:, None]
+
+    @cached_property
+    def causal(self) -> Bools:
+        """[R, 1, n]: whether it is visible besides."""
+        return self.foreign & self.pieces.visible[self.ranks[:, None], self.at][:, None]
+
+    @cached_property
+    def blocks(self) -> slice | Ints:
+        return _as_slice(self.pieces.block[self.at])
+
+    @cached_property
+    def bits(self) -> tuple[slice | Ints, slice | Ints]:
+        """Of packed bits of blocks the bytes to read, and of these bytes' bits those of the pieces."""
+        block = self.pieces.block[self.at]
+        bytes_ = np.unique(block >> 3)
+        return _as_slice(bytes_), _as_slice(np.searchsorted(bytes_, block >> 3) * 8 + (block & 7))
 
 
-def selected(pieces: Pieces, blocks_PGB: Bools) -> Wanted:
+# bool [R, G, n]: whether the rank fetches the piece for each KV head.
+Wanted = Callable[[Part], Bools]
+
+
+def selected(blocks_PGB: Bools) -> Wanted:
     """Of its selected blocks each rank fetches what is causally visible to it and not its own.
 
     That is the cheapest for each owner, receiver and KV head: never more than the causal dense exchange; where all
     visible pieces of an owner are selected, the set is its dense range; where none is, nothing.
     """
-
-    def wanted(ranks: Ints, at: Ints) -> Bools:
-        found = blocks_PGB[..., _as_slice(pieces.block[at])][ranks]
-        found &= _foreign(pieces, ranks, at, causal=True)
-        return found
-
-    return wanted
+    return lambda part: blocks_PGB[..., part.blocks][part.ranks] & part.causal
 
 
-def selected_bits(pieces: Pieces, bits_PGb: NDArray[np.uint8]) -> Wanted:
+def selected_bits(bits_PGb: NDArray[np.uint8]) -> Wanted:
     """The same from bitmaps (numpy's order of bits), of which only what is asked for is read."""
 
-    def wanted(ranks: Ints, at: Ints) -> Bools:
-        index = _as_slice(pieces.block[at])
-        if isinstance(index, slice):
-            part = np.unpackbits(bits_PGb[..., index.start // 8 : -(-index.stop // 8)][ranks], axis=-1)
-            found = part[..., index.start % 8 :][..., : index.stop - index.start]
-        else:
-            found = (bits_PGb[..., index >> 3][ranks] >> (7 - (index & 7)).astype(np.uint8)) & np.uint8(1)
-        return found.astype(bool) & _foreign(pieces, ranks, at, causal=True)
+    def wanted(part: Part) -> Bools:
+        bytes_, bits = part.bits
+        found = np.unpackbits(bits_PGb[part.ranks][..., bytes_], axis=-1)[..., bits]
+        return np.ascontiguousarray(found).view(bool) & part.causal
 
     return wanted
 
 
-def dense(pieces: Pieces, groups: int, causal: bool) -> Wanted:
+def dense(groups: int, causal: bool) -> Wanted:
     """The group cast (all causally visible pieces), or the all-gather (all pieces)."""
-
-    def wanted(ranks: Ints, at: Ints) -> Bools:
-        return np.repeat(_foreign(pieces, ranks, at, causal), groups, axis=1)
-
-    return wanted
+    return lambda part: np.repeat(part.causal if causal else part.foreign, groups, axis=1)
 
 
 def given(need_PGN: Bools) -> Wanted:
     """What a whole table says."""
     heads = np.arange(need_PGN.shape[1])
-    return lambda ranks, at: need_PGN[np.ix_(ranks, heads, at)]
+    return lambda part: need_PGN[np.ix_(part.ranks, heads, part.at)]
 
 
 def whole(wanted: Wanted, pieces: Pieces) -> Bools:
     """[P, G, N]: of all ranks and pieces."""
-    return wanted(np.arange(len(pieces.visible)), np.arange(len(pieces.start)))
+    return wanted(Part(pieces, np.arange(len(pieces.visible)), np.arange(len(pieces.start))))
 
 
-def choose_relays(wanted_KGn: Bools, at: Ints) -> Ints:
-    """[G, n]: of a node's ranks that want a piece of another node the number of the one that gets it, each in its
-    turn; -1 where none does."""
-    ranks = len(wanted_KGn)
-    turn = ((at + np.arange(wanted_KGn.shape[1])[:, None]) % ranks).astype(np.int16)
-    best = np.full(turn.shape, ranks, np.int16)  # how far after its turn
-    for k in range(ranks):
-        after = np.where(turn > k, k + ranks - turn, k - turn).astype(np.int16)
-        np.minimum(best, np.where(wanted_KGn[k], after, np.int16(ranks)), out=best)
-    return np.where(best < ranks, (best + turn) % ranks, -1).astype(np.int64)
+@dataclass(frozen=True)
+class Relays:
+    """Which of a node's K ranks gets a piece of another node that some of them want: each in its turn, and where that
+    one doesn't want the piece the next that does."""
+
+    after_KGn: NDArray[Any]  # how far after its turn a rank comes
+    turn_Gn: NDArray[Any]
+
+    @classmethod
+    def of(cls, at: Ints, groups: int, ranks: int) -> "Relays":
+        """For the pieces numbered `at`."""
+        turn = (at + np.arange(groups)[:, None]) % ranks
+        after = (np.arange(ranks)[:, None, None] - turn) % ranks
+        small = np.uint8 if ranks < 128 else np.uint16 if ranks < 1 << 15 else np.uint32  # the work is reading them
+        return cls(after.astype(small), turn.astype(small))
+
+    def choose(self, wanted_KGn: Bools) -> NDArray[Any]:
+        """[..., G, n]: the rank's number of the K, and a higher number where none wants the piece."""
+        none = np.iinfo(self.turn_Gn.dtype).max
+        best = (self.after_KGn | (wanted_KGn.astype(self.turn_Gn.dtype) - 1)).min(axis=-3)  # 0 - 1: all bits
+        ranks = len(self.after_KGn)
+        chosen = best + self.turn_Gn
+        chosen -= (chosen >= ranks) * self.turn_Gn.dtype.type(ranks)
+        chosen[best == none] = none
+        return chosen
 
 
 def hop_counts(pieces: Pieces, need_PGN: Bools, nodes: Ints) -> tuple[Ints, Ints]:
@@ -88,7 +122,7 @@ def hop_counts(pieces: Pieces, need_PGN: Bools, nodes: Ints) -> tuple[Ints, Ints
         here = np.flatnonzero(nodes == node)
         far = nodes[pieces.owner] != node
         relayed = need_PGN[here] & far
-        chosen = choose_relays(relayed, every)
+        chosen = Relays.of(every, need_PGN.shape[1], len(here)).choose(relayed)
         for i, rank in enumerate(here):
             direct[rank] &= (chosen == i) | ~far
             sent = relayed & (chosen == i)
@@ -158,76 +192,118 @@ class BlockPlan:
     rows_GB: Ints
 
 
-def block_plan(layout: Layout, pieces: Pieces, wanted: Wanted, rank: int, nodes: Ints) -> BlockPlan:
+class Side:
+    """What the layout, the nodes and the number of KV heads alone say of one rank's plans: made once for all layers.
+
+    Numbers of pieces of single KV heads, [G * N]: KV head after KV head.
+    """
+
+    def __init__(self, layout: Layout, pieces: Pieces, rank: int, groups: int, nodes: Ints) -> None:
+        every, mine = np.arange(len(pieces.start)), np.flatnonzero(pieces.owner == rank)
+        mates = np.flatnonzero(nodes == nodes[rank])
+        self.several = len(mates) < layout.ranks
+        self.mates: Ints = mates if self.several else np.array([rank])
+        self.me = int(np.searchsorted(self.mates, rank))
+        self.near, self.sent = Part(pieces, self.mates, every), Part(pieces, np.arange(layout.ranks), mine)
+        self.length = np.tile(pieces.end - pieces.start, groups)
+        self.token = np.tile(pieces.start, groups)
+        self.first_piece = np.flatnonzero(np.diff(pieces.block, prepend=-1))  # of each block
+        # Pieces owner after owner: in this order they arrive.
+        owner = np.tile(pieces.owner, groups)
+        self.by_owner = np.argsort(owner, kind="stable")
+        self.owner_edge = np.searchsorted(owner[self.by_owner], np.arange(layout.ranks + 1))
+        # Own pieces' lengths and first rows.
+        self.sent_length = (pieces.end - pieces.start)[mine]
+        row = np.arange(groups)[:, None] * int(self.sent_length.sum()) + layout.row_of(pieces.start[mine])
+        self.sent_row, self.sent_lengths = row.reshape(-1), np.tile(self.sent_length, groups)
+        if self.several:
+            self.far = nodes[pieces.owner] != nodes[rank]
+            self.relays = Relays.of(every, groups, len(mates))
+            others = [np.flatnonzero(nodes == node) for node in np.unique(nodes) if node != nodes[rank]]
+            # The other nodes, those of one size together: [nodes, K] ranks.
+            sizes = sorted({len(there) for there in others})
+            by_size = [np.stack([there for there in others if len(there) == size]) for size in sizes]
+            self.others = [(there, Relays.of(mine, groups, there.shape[1])) for there in by_size]
+
+
+def block_plan(layout: Layout, pieces: Pieces, wanted: Wanted, rank: int, groups: int, nodes: Ints) -> BlockPlan:
     """The rank's side of sending every rank the pieces that it wants. nodes [P]: the node of each rank."""
-    every, length = np.arange(len(pieces.start)), pieces.end - pieces.start
-    mates = np.flatnonzero(nodes == nodes[rank])
-    several = len(mates) < layout.ranks
-    near = wanted(mates if several else np.array([rank]), every)
-    me = int(np.searchsorted(mates, rank)) if several else 0
-    need = near[me]
-    groups = len(need)
-    place = np.zeros(need.size, np.int64)  # where each piece's rows begin in all that arrives
-    at, lengths = np.tile(every, groups), np.tile(length, groups)  # of each KV head's pieces, in one row
-    own = np.flatnonzero(need)
-    if several:
-        far = nodes[pieces.owner] != nodes[rank]
-        chosen = choose_relays(near, every)
-        direct = need & (~far | (chosen == me))
-        first, second = np.flatnonzero(direct), np.flatnonzero(need & ~direct)
+    key = rank, groups, nodes.tobytes()
+    if key not in pieces.sides:
+        pieces.sides[key] = Side(layout, pieces, rank, groups, nodes)
+    side: Side = pieces.sides[key]
+    near = wanted(side.near)
+    need, relay = near[side.me], None
+    place = np.empty(need.size, np.int64)  # where each piece's rows begin in all that arrives
+    if not side.several:
+        received = _from_owners(side, need, place)
     else:
-        first = own
-    received = _arrive(place, first, pieces.owner[at[first]], lengths[first], layout.ranks, 0)
-    relay = None
-    if several:
-        onward = near & ((chosen == me) & far)
-        onward[me] = False
-        counts = np.zeros(layout.ranks, np.int64)
-        counts[mates] = (onward.sum(1) * length).sum(1)
-        sent = np.flatnonzero(onward) % need.size
-        senders = mates[chosen.reshape(-1)[second]]
-        got = _arrive(place, second, senders, lengths[second], layout.ranks, int(received.sum()))
-        relay = Hop(Runs(place[sent], lengths[sent]), counts, got)
-    blocks = int(pieces.block[-1]) + 1 if len(pieces.block) else 0
-    number = (np.arange(groups)[:, None] * blocks + pieces.block).reshape(-1)
-    rows = np.bincount(number[own], lengths[own], minlength=groups * blocks)
+        chosen = side.relays.choose(near)
+        relayed = (chosen == side.me) & side.far  # to this rank, whoever wants them
+        direct = need & (relayed | ~side.far)
+        received = _from_owners(side, direct, place)
+        relay = _relay(side, near, relayed, np.flatnonzero(need & ~direct), chosen, int(received.sum()), place)
+    own = np.flatnonzero(need)
+    lengths = side.length[own]
+    rows = np.add.reduceat(need * (pieces.end - pieces.start), side.first_piece, axis=1)
     return BlockPlan(
-        Hop(*_sends(layout, pieces, wanted, rank, nodes), received),
+        Hop(*_sends(side, wanted), received),
         relay,
-        Runs(place[own], lengths[own]),
-        Runs(pieces.start[at[own]], lengths[own]),
-        rows.astype(np.int64).reshape(groups, blocks),
+        Runs(place[own], lengths),
+        Runs(side.token[own], lengths),
+        rows,
     )
 
 
-def _sends(layout: Layout, pieces: Pieces, wanted: Wanted, rank: int, nodes: Ints) -> tuple[Runs, Ints]:
+def _from_owners(side: Side, need_GN: Bools, place: Ints) -> Ints:
+    """Notes in `place` where the pieces begin that come from their owners; rows [P] of each owner."""
+    which = np.flatnonzero(need_GN.reshape(-1)[side.by_owner])
+    end = _notes(place, side.by_owner[which], side, 0)
+    return np.diff(end[np.searchsorted(which, side.owner_edge)])
+
+
+def _relay(
+    side: Side, near: Bools, relayed: Bools, second: Ints, chosen: NDArray[Any], arrived: int, place: Ints
+) -> Hop:
+    """The second hop, after so many rows that arrived in the first: what this rank sends on to those of its node that
+    want it, and what it gets, the pieces `second`, from the ones that were chosen."""
+    ranks, mates = len(side.sent.ranks), side.mates
+    at = np.flatnonzero(relayed)
+    onward = near.reshape(len(near), -1)[:, at]
+    onward[side.me] = False
+    which = at[np.nonzero(onward)[1]]
+    sent, received = np.zeros(ranks, np.int64), np.zeros(ranks, np.int64)
+    lengths = side.length[which]
+    sent[mates] = np.diff(_ends(lengths)[_ends(np.count_nonzero(onward, axis=1))])
+    sender = chosen.reshape(-1)[second]
+    end = _notes(place, second[np.argsort(sender, kind="stable")], side, arrived)
+    received[mates] = np.diff(end[_ends(np.bincount(sender, minlength=len(mates)))])
+    return Hop(Runs(place[which], lengths), sent, received)
+
+
+def _sends(side: Side, wanted: Wanted) -> tuple[Runs, Ints]:
     """What the rank sends of its own: to every rank of its node that wants it, to one of every other node."""
-    mine = np.flatnonzero(pieces.owner == rank)
-    sent = wanted(np.arange(layout.ranks), mine)
-    for node in np.unique(nodes):
-        if node != nodes[rank]:
-            there = nodes == node
-            chosen = choose_relays(sent[there], mine)
-            sent[there] &= chosen == np.arange(there.sum())[:, None, None]
-    length = (pieces.end - pieces.start)[mine]
-    row = np.arange(sent.shape[1])[:, None] * int(length.sum()) + layout.row_of(pieces.start[mine])
-    which = np.flatnonzero(sent) % max(row.size, 1)
-    runs = Runs(row.reshape(-1)[which], np.tile(length, len(row))[which])
-    return runs, (sent.sum(1) * length).sum(1).astype(np.int64)
+    sent = wanted(side.sent)
+    for there, relays in side.others if side.several else ():
+        chosen = relays.choose(sent[there])
+        sent[there] = chosen[:, None] == np.arange(there.shape[1])[:, None, None]
+    which = np.nonzero(sent.reshape(len(sent), -1))[1]
+    counts = (sent.astype(np.float64) @ side.sent_length).sum(1)
+    return Runs(side.sent_row[which], side.sent_lengths[which]), counts.astype(np.int64)
 
 
-def _arrive(place: Ints, which: Ints, sender: Ints, length: Ints, ranks: int, begin: int) -> Ints:
-    """Notes in `place` where the pieces `which` begin, sender after sender, from row `begin` on; rows [P] of each."""
-    order = np.argsort(sender.astype(np.int16), kind="stable")
-    ordered = length[order]
-    place[which[order]] = begin + np.cumsum(ordered) - ordered
-    return np.bincount(sender, length, minlength=ranks).astype(np.int64)
+def _notes(place: Ints, which: Ints, side: Side, begin: int) -> Ints:
+    """Notes in `place` where the pieces `which` begin, one after the other from row `begin` on; `_ends` of them."""
+    end = _ends(side.length[which])
+    place[which] = end[:-1] + begin
+    return end
 
 
-def _foreign(pieces: Pieces, ranks: Ints, at: Ints, causal: bool) -> Bools:
-    """[R, 1, n]."""
-    foreign = pieces.owner[at] != ranks[:, None]
-    return (foreign & pieces.visible[:, _as_slice(at)][ranks] if causal else foreign)[:, None]
+def _ends(counts: Ints) -> Ints:
+    """0, the first, the sum of the first two, …"""
+    end = np.zeros(len(counts) + 1, np.int64)
+    np.cumsum(counts, out=end[1:])
+    return end
 
 
 def _as_slice(index: Ints) -> slice | Ints:

@@ -4,7 +4,8 @@ A row plan moves whole items (halos, compressed tokens, full KV). Block plans, o
 `block_plan.py`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,6 +61,7 @@ class Pieces:
     block: Ints
     owner: Ints
     visible: Bools  # to which rank a piece is causally visible
+    sides: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # `block_plan.Side` of each rank
 
 
 def make_pieces(layout: Layout, packing: Packing, causal: Needs) -> Pieces:

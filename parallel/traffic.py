@@ -105,9 +105,9 @@ class TrafficModel:
             return np.rint(counts).astype(np.int64)
         if exchange == "nsa":
             assert needs_PGB is not None
-            wanted = block_plan.selected(self.pieces, needs_PGB)
+            wanted = block_plan.selected(needs_PGB)
         else:
-            wanted = block_plan.dense(self.pieces, groups, causal=exchange == "groupcast")
+            wanted = block_plan.dense(groups, causal=exchange == "groupcast")
         hops = block_plan.hop_counts(self.pieces, block_plan.whole(wanted, self.pieces), self.nodes)
         return hops[0] + hops[1]
 

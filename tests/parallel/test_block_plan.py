@@ -47,12 +47,12 @@ def test_every_needed_piece_arrives_once_and_nothing_else_does(case) -> None:  #
     packing, layout, nodes, blocks = case
     pieces = make_pieces(layout, packing, needs.causal(layout, packing))
     ranks, groups = range(layout.ranks), blocks.shape[1]
-    packed = plans.selected_bits(pieces, np.packbits(blocks, axis=-1))
-    for wanted in (plans.selected(pieces, blocks), plans.dense(pieces, groups, False), packed):
+    packed = plans.selected_bits(np.packbits(blocks, axis=-1))
+    for wanted in (plans.selected(blocks), plans.dense(groups, False), packed):
         need = plans.whole(wanted, pieces)
         if wanted is packed:
-            assert (need == plans.whole(plans.selected(pieces, blocks), pieces)).all()
-        made = [plans.block_plan(layout, pieces, wanted, r, nodes) for r in ranks]
+            assert (need == plans.whole(plans.selected(blocks), pieces)).all()
+        made = [plans.block_plan(layout, pieces, wanted, r, groups, nodes) for r in ranks]
         # A row is its head, token; own rows head after head.
         own = [
             np.stack([np.repeat(np.arange(groups), len(t)), np.tile(t, groups)], 1) for t in map(layout.own, ranks)
@@ -103,9 +103,9 @@ def test_never_more_than_the_causal_dense_exchange(case) -> None:  # type: ignor
     own, full, causal = (
         plans.whole(wanted, pieces)
         for wanted in (
-            plans.selected(pieces, blocks),
-            plans.selected(pieces, every),
-            plans.dense(pieces, blocks.shape[1], True),
+            plans.selected(blocks),
+            plans.selected(every),
+            plans.dense(blocks.shape[1], True),
         )
     )
     assert not (own & ~causal).any() and (full == causal).all()
