@@ -20,7 +20,7 @@ from nsa_dist.kernels.combine import merge
 from nsa_dist.kernels.packing import Ints, Packing, on_device
 from nsa_dist.kernels.tiled import tile_softmax, tile_softmax_backward
 
-_CHUNK_BYTES = 32 << 20  # of what the picks of a chunk of queries give
+CHUNK_BYTES = 32 << 20  # of what the picks of a chunk of queries give
 _ITEM_ROWS = 128  # queries times heads of an item, at most (but one query)
 _BATCH = 1 << 19  # scores of the items that are computed at once: they stay in a core's cache
 
@@ -188,7 +188,7 @@ def _width(mean: float, heads: int) -> int:
 
 def _chunks(picks_SGn: Tensor, pick_bytes: int) -> list[slice]:
     """Queries whose picks' results, of so many bytes each, are held at a time."""
-    queries = max(1, _CHUNK_BYTES // max(1, pick_bytes * picks_SGn.shape[2]))
+    queries = max(1, CHUNK_BYTES // max(1, pick_bytes * picks_SGn.shape[2]))
     return [slice(a, a + queries) for a in range(0, len(picks_SGn), queries)]
 
 

@@ -1,7 +1,8 @@
 """What a rank's memory holds at the peak of a step, part by part, counted from the code that makes it.
 
-The peak is the last layer's backward, or the loss: every layer's activations are there, and the working set of the
-larger of the two. A test holds the sum against what a run allocates: this must follow what the model's code keeps.
+The peak is a layer's backward, most often the last one's, or the loss: the activations of every layer up to it are
+there, and its working set. A test holds the sum against what a run allocates: this must follow what the model's code
+keeps.
 """
 
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from nsa_dist.config import Config, layer_kinds
+from nsa_dist.kernels.selected import CHUNK_BYTES
 from nsa_dist.model import LOSS_CHUNK
 from nsa_dist.plan_traffic import Unit
 from nsa_dist.rivals import DTYPES, layer_sizes
@@ -48,7 +50,10 @@ def memory(config: Config, units: list[Unit], vocabulary: int, part: Part, passe
     full = {kind: _saved(config, kind, part) for kind in set(kinds)}
     least = {kind: _kept(config, kind, part) if recompute else full[kind] for kind in set(kinds)}
     saved = sum(least[kind] for kind in kinds)
-    work = max(_work(config, kind, part) + full[kind] - least[kind] for kind in set(kinds))
+    work, freed = 0, 0
+    for kind in reversed(kinds):  # in a layer's backward those after it have been freed
+        work = max(work, _work(config, kind, part) + full[kind] - least[kind] - freed)
+        freed += least[kind]
     loss = _loss(config, vocabulary, part, compute.itemsize, wide.itemsize)
     halos = sum(_halos(config, kind, part) for kind in kinds)
     kept = kinds.count("nsa") * _selected(config, part)
@@ -140,7 +145,11 @@ def _work(config: Config, kind: str, part: Part) -> int:
     own = part.tokens * (w.q * w.wide + 2 * w.out * w.wide + 4 * w.kv * w.wide)
     row = w.kv // sizes.groups
     remote = part.selected * row * (1 + 3 * w.wide) + (part.compressed + part.full) * w.kv * (2 + 2 * w.wide)
-    return max(ffn, own + remote - part.tokens * 4 * w.ffn)
+    picks = 0
+    if kind == "nsa" and config.launch.device == "cpu":  # what the picks of a chunk of queries give
+        each = config.nsa.select_count * max(w.q, w.out) * w.wide
+        picks = min(part.tokens * each, CHUNK_BYTES)
+    return max(ffn, own + remote + picks - part.tokens * 4 * w.ffn)
 
 
 def _loss(config: Config, vocabulary: int, part: Part, size: int, wide: int) -> int:

@@ -72,7 +72,7 @@ def test_the_selected_branch_is_the_same_in_chunks_and_items_of_any_size(monkeyp
 
     want = run("reference")
     for chunk, item, batch in ((1, 1, 1), (2000, 2, 100), (2000, 6, 1 << 19), (1 << 25, 128, 1 << 19)):
-        monkeypatch.setattr(selected, "_CHUNK_BYTES", chunk)
+        monkeypatch.setattr(selected, "CHUNK_BYTES", chunk)
         monkeypatch.setattr(selected, "_ITEM_ROWS", item)
         monkeypatch.setattr(selected, "_BATCH", batch)
         found = run("auto")
