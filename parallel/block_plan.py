@@ -215,6 +215,7 @@ class Side:
         # Own pieces' lengths and first rows.
         self.sent_length = (pieces.end - pieces.start)[mine]
         row = np.arange(groups)[:, None] * int(self.sent_length.sum()) + layout.row_of(pieces.start[mine])
+        self.sent_number = np.arange(row.size).reshape(row.shape)
         self.sent_row, self.sent_lengths = row.reshape(-1), np.tile(self.sent_length, groups)
         if self.several:
             self.far = nodes[pieces.owner] != nodes[rank]
@@ -245,7 +246,9 @@ def block_plan(layout: Layout, pieces: Pieces, wanted: Wanted, rank: int, groups
         relay = _relay(side, near, relayed, np.flatnonzero(need & ~direct), chosen, int(received.sum()), place)
     own = np.flatnonzero(need)
     lengths = side.length[own]
-    rows = np.add.reduceat(need * (pieces.end - pieces.start), side.first_piece, axis=1)
+    rows = need * (pieces.end - pieces.start)
+    if len(side.first_piece) < len(pieces.block):  # some blocks are cut
+        rows = np.add.reduceat(rows, side.first_piece, axis=1)
     return BlockPlan(
         Hop(*_sends(side, wanted), received),
         relay,
@@ -271,7 +274,7 @@ def _relay(
     at = np.flatnonzero(relayed)
     onward = near.reshape(len(near), -1)[:, at]
     onward[side.me] = False
-    which = at[np.nonzero(onward)[1]]
+    which = np.broadcast_to(at, onward.shape)[onward]
     sent, received = np.zeros(ranks, np.int64), np.zeros(ranks, np.int64)
     lengths = side.length[which]
     sent[mates] = np.diff(_ends(lengths)[_ends(np.count_nonzero(onward, axis=1))])
@@ -287,7 +290,7 @@ def _sends(side: Side, wanted: Wanted) -> tuple[Runs, Ints]:
     for there, relays in side.others if side.several else ():
         chosen = relays.choose(sent[there])
         sent[there] = chosen[:, None] == np.arange(there.shape[1])[:, None, None]
-    which = np.nonzero(sent.reshape(len(sent), -1))[1]
+    which = np.broadcast_to(side.sent_number, sent.shape)[sent]
     counts = (sent.astype(np.float64) @ side.sent_length).sum(1)
     return Runs(side.sent_row[which], side.sent_lengths[which]), counts.astype(np.int64)
 
