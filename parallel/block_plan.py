@@ -277,7 +277,7 @@ def _relay(
     which = np.broadcast_to(at, onward.shape)[onward]
     sent, received = np.zeros(ranks, np.int64), np.zeros(ranks, np.int64)
     lengths = side.length[which]
-    sent[mates] = np.diff(_ends(lengths)[_ends(np.count_nonzero(onward, axis=1))])
+    sent[mates] = onward.astype(np.float64) @ side.length[at]
     sender = chosen.reshape(-1)[second]
     end = _notes(place, second[np.argsort(sender, kind="stable")], side, arrived)
     received[mates] = np.diff(end[_ends(np.bincount(sender, minlength=len(mates)))])
