@@ -69,6 +69,7 @@ def add_commands(command: Command, load: Callable[[list[str]], Any]) -> None:
     drill.add_argument("words", nargs="*", metavar="[CONFIG] key=value", help="as those of train")
     drill.add_argument("--list", action="store_true", help="the failures' names")
     drill.add_argument("--only", action="append", metavar="NAME", help="this failure (again: more of them)")
+    drill.add_argument("--rival", action="store_true", help="two of them under Ray Train V2, too (ray[train])")
     drill.add_argument("--json", metavar="FILE", help="writes the table's rows there")
     drill.add_argument("--folder", metavar="DIR", help="keeps the runs there (else they are removed)")
 

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -52,7 +53,7 @@ class Drill:
     def row(self, name: str) -> Row:
         """Makes one failure. One that wasn't recovered says why in `told`."""
         try:
-            return FAILURES[name](self, name)
+            return (FAILURES | RIVALS)[name](self, name)
         except (DrillError, ConfigError, OSError, RuntimeError) as error:
             return Row(name, told=f"not recovered: {error}")
         finally:
@@ -77,7 +78,14 @@ class Drill:
         return self._cluster
 
     def run(
-        self, name: str, cp: Any = 2, nodes: int = 2, steps: int = STEPS, not_finite: int = 0, heartbeat_s: int = 0
+        self,
+        name: str,
+        cp: Any = 2,
+        nodes: int = 2,
+        steps: int = STEPS,
+        not_finite: int = 0,
+        heartbeat_s: int = 0,
+        program: tuple[str, ...] = ("nsa_dist", "job"),
     ) -> DrillRun:
         """Starts a run in folder/name."""
         config = replace(
@@ -88,7 +96,7 @@ class Drill:
         )
         if heartbeat_s:
             config = replace(config, launch=replace(config.launch, heartbeat_s=heartbeat_s))
-        run = DrillRun(self.cluster(nodes), check_config(config), not_finite)
+        run = DrillRun(self.cluster(nodes), check_config(config), not_finite, program=program)
         self._runs.append(run)
         return run
 
@@ -228,15 +236,15 @@ def _sigterm(drill: Drill, name: str) -> Row:
     return replace(row, seen_s=ended - at, told=f"ended with a checkpoint of step {done}; started again by hand")
 
 
-def _second_start(drill: Drill, run: DrillRun, name: str, at: float) -> Row:
+def _second_start(drill: Drill, run: DrillRun, name: str, at: float, bits: bool = True) -> Row:
     done = max(run.losses())
     run.until(lambda: len(run.events("training")) == 2, "it was started again")
     first = run.events("training")[1]["step"]
     run.until(lambda: first < max(run.losses(), default=0) <= done or max(run.losses()) > done, "it trained again")
     again = time.time()
     run.finish()
-    seen = run.events("start")[1]["time"]
-    return Row(name, seen - at, again - at, done - first, drill.equal(run)[0])
+    seen = [row["time"] for row in run.events("start")][1:]
+    return Row(name, seen[0] - at if seen else None, again - at, done - first, drill.equal(run, bits=bits)[0])
 
 
 def _not_finite(drill: Drill, name: str) -> Row:
@@ -317,6 +325,31 @@ FAILURES: dict[str, Callable[[Drill, str], Row]] = {
 }
 
 
+def _ray_train(cp: Any, blow: Callable[[Drill, DrillRun], Any]) -> Callable[[Drill, str], Row]:
+    """The same under Ray Train V2. When it has seen it, it doesn't say."""
+
+    def make(drill: Drill, name: str) -> Row:
+        try:
+            subprocess.run([sys.executable, "-c", "import ray.train.torch"], check=True, capture_output=True)
+        except subprocess.CalledProcessError:
+            raise DrillError("not made: Ray Train isn't installed (pip install 'ray[train]')") from None
+        run = drill.run(name, cp=cp, program=("nsa_dist.launch.ray_train",))
+        run.until_step(STRIKE)
+        at = time.time()
+        blow(drill, run)
+        row = _second_start(drill, run, name, at, bits=cp == 2)
+        return replace(row, told="with this project's checkpoints")
+
+    return make
+
+
+# Asked for with --rival or --only.
+RIVALS: dict[str, Callable[[Drill, str], Row]] = {
+    "ray-train-killed-worker": _ray_train(2, lambda drill, run: os.kill(run.pid(1), signal.SIGKILL)),
+    "ray-train-lost-node": _ray_train("auto", lambda drill, run: drill.cluster(nodes=1)),
+}
+
+
 def fine(row: Row) -> bool:
     """Whether it was recovered and the losses are right, with no more steps lost than since a whole checkpoint."""
     limit = 2 * EVERY if row.failure in ("flipped-byte", "half-checkpoint") else EVERY
@@ -328,8 +361,8 @@ def as_line(row: Row) -> str:
     seen, again = (f"{value:.1f} s" if value is not None else "-" for value in (row.seen_s, row.training_again_s))
     lost = "-" if row.steps_lost is None else str(row.steps_lost)
     return (
-        f"{row.failure:<16}{seen:>8}{again:>9}{lost:>6}  {'equal' if row.losses_equal else 'NOT EQUAL':<10}{row.told}"
+        f"{row.failure:<24}{seen:>8}{again:>9}{lost:>6}  {'equal' if row.losses_equal else 'NOT EQUAL':<10}{row.told}"
     )
 
 
-HEADER = f"{'failure':<16}{'seen':>8}{'again':>9}{'lost':>6}  {'losses':<10}told"
+HEADER = f"{'failure':<24}{'seen':>8}{'again':>9}{'lost':>6}  {'losses':<10}told"

@@ -28,19 +28,26 @@ class DrillError(RuntimeError):
 class DrillRun:
     """Started when made. Times are in s since 1970."""
 
-    def __init__(self, cluster: Cluster, config: Config, not_finite: int = 0, limit_s: float = 300) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        config: Config,
+        not_finite: int = 0,
+        limit_s: float = 300,
+        program: tuple[str, ...] = ("nsa_dist", "job"),
+    ) -> None:
         self.dir = Path(config.run.dir)
         self.dir.mkdir(parents=True, exist_ok=True)
         job = {"config": asdict(config), "versions": versions(), "wait": False, "not_finite": not_finite}
         (self.dir / JOB).write_text(json.dumps(job))
-        self._environment, self._limit_s = cluster.environment(), limit_s
+        self._environment, self._limit_s, self._program = cluster.environment(), limit_s, program
         self.start()
 
     def start(self) -> None:
         """The launcher; once more after its end."""
         with (self.dir / "out.txt").open("ab") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "nsa_dist", "job"],
+                [sys.executable, "-m", *self._program],
                 cwd=self.dir,
                 env=self._environment,
                 stdout=out,

@@ -27,7 +27,7 @@ def test_the_drill_recovers_from_a_head_that_is_killed_and_starts_again(
 def test_unknown_failures_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["drill", "--list"]) == 0
     names = capsys.readouterr().out.split()
-    assert len(names) == 13 and "lost-node" in names
+    assert len(names) == 15 and "lost-node" in names
     assert main(["drill", "--only", "lost-nod"]) == 2
     assert "nearest: lost-node" in capsys.readouterr().err
 

@@ -176,6 +176,43 @@ def test_groups_stay_inside_nodes_where_they_fit() -> None:
     assert owners([1, 1], 1, 2) == [0, 1]
 
 
+@pytest.mark.parametrize("cp", ["auto", "2"])
+def test_a_node_that_fails_again_and_again_is_left_out_where_the_others_suffice(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cp: str
+) -> None:
+    from nsa_dist.launch.placement import Node, Places
+    from nsa_dist.launch.recover import _Run
+    from nsa_dist.launch.watch import Failed
+
+    good, bad = (Node(name, name, "127.0.0.1", "here", places=1) for name in ("node-1", "node-2"))
+    monkeypatch.setattr(Places, "nodes", lambda *_: [good, bad])
+    for name in ("reserve", "give_back", "settle"):
+        monkeypatch.setattr(Places, name, lambda *_: None)
+    monkeypatch.setattr(Places, "ready", lambda *_: True)
+    monkeypatch.setattr(_Run, "_sleep", lambda *_: None)
+    config, _ = configure(recipe, tmp_path, f"parallel.cp={cp}", "launch.max_failures=100")
+    run = _Run(config, Resume((), True), Console(), "cpu", lambda: False, training.train)
+
+    def after(node: Node, kind: str, times: int) -> list[str]:
+        """The nodes of the ranks that start after so many failures there."""
+        for _ in range(times):
+            failed = Failed(0, "it failed", tmp_path / "log")
+            failed.node, failed.kind = node, kind
+            run._failed(failed)
+        choice = run._choose(0)
+        assert choice
+        return [choice[1][index].name for index in choice[2]]
+
+    both, left = ["node-1", "node-2"], ["node-1"] if cp == "auto" else ["node-1", "node-2"]
+    assert after(bad, "lost", 4) == after(bad, "not_finite", 0) == both  # its return is no failure of it
+    assert after(bad, "killed", 2) == after(good, "error", 2) == both
+    assert after(bad, "hang", 1) == left
+    assert [row["node"] for row in events(tmp_path, "node_left_out")] == ["node-2"]
+    assert after(good, "killed", 1) == both  # all have failed: better than none
+    run._by_node = {name: [at - 86400 for at in times] for name, times in run._by_node.items()}
+    assert after(good, "killed", 0) == both  # a day later
+
+
 def test_an_address_has_its_interface() -> None:
     from nsa_dist.launch.worker import interface
 
