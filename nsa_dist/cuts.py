@@ -5,7 +5,7 @@ from nsa_dist.kernels.packing import Packing
 from nsa_dist.parallel.balance import Machine, by_rank, choose_layout, token_flops, uneven_layout
 from nsa_dist.parallel.layout import Layout, make_layout
 from nsa_dist.parallel.plan import Floats
-from nsa_dist.plan_traffic import parameter_shapes
+from nsa_dist.plan_traffic import Shapes, parameter_shapes
 from nsa_dist.rivals import layer_sizes
 
 # What a rank reaches: it decides between layouts of nearly equal balance. A CPU's is that of few cores and gloo.
@@ -16,9 +16,9 @@ class Cutter:
     """Cuts sequences as the configuration says: `contiguous`, `zigzag`, `uneven` (contiguous parts of equal work), or
     `auto`: for each sequence whichever makes the slowest rank fastest. The same on every rank."""
 
-    def __init__(self, config: Config, vocabulary: int) -> None:
+    def __init__(self, config: Config, vocabulary: int, shapes: Shapes | None = None) -> None:
         self.kind, self.ranks, self.kinds = config.parallel.layout, config.parallel.cp, layer_kinds(config.model)
-        self.sizes, self.dense = layer_sizes(config), _dense(config, vocabulary)
+        self.sizes, self.dense = layer_sizes(config), _dense(config, shapes or parameter_shapes(config, vocabulary))
         self.machine = MACHINES.get(config.launch.device, Machine())
 
     def layout(self, packing: Packing) -> Layout:
@@ -45,6 +45,6 @@ def dense_flops(config: Config, layers: int, root: int) -> float:
     return layers * (8 if config.train.activation_checkpoint == "layer" else 6) + head * 8
 
 
-def _dense(config: Config, vocabulary: int) -> float:
-    counts = [sum(shape.numel() for shape in shapes) for _, shapes in parameter_shapes(config, vocabulary)]
+def _dense(config: Config, shapes: Shapes) -> float:
+    counts = [sum(shape.numel() for shape in parameters) for _, parameters in shapes]
     return dense_flops(config, sum(counts[:-1]), counts[-1])

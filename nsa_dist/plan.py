@@ -6,6 +6,7 @@ operations over the rates that the cluster reaches; each step is as long as its 
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy as np
 from nsa_dist.cluster import FREE, Cluster
 from nsa_dist.config import CHOICES, Config, ConfigError, check_config, layer_kinds, nsa_spec
 from nsa_dist.cuts import Cutter, dense_flops
+from nsa_dist.kernels import NSASpec
 from nsa_dist.kernels.packing import Packing
 from nsa_dist.parallel.balance import branch_flops, by_rank, imbalance
 from nsa_dist.parallel.layout import LAYOUTS
@@ -103,6 +105,11 @@ def _choices(config: Config, cluster: Cluster) -> Iterator[Config]:
                 continue
 
 
+@lru_cache(maxsize=1)
+def _one_document(tokens: int, spec: NSASpec) -> Packing:
+    return Packing(np.array([0, tokens]), spec)
+
+
 class Cut:
     """A sequence, one document, cut over the ranks of a configuration, its dp and cp numbers; on the cluster's first
     dp x cp GPUs. What it sends, whether or not layers are checkpointed."""
@@ -113,8 +120,8 @@ class Cut:
         parallel, spec, kinds = config.parallel, nsa_spec(config.nsa), layer_kinds(config.model)
         world = parallel.dp * parallel.cp
         self.vocabulary, self.passes = vocabulary, config.data.batch_size // parallel.dp
-        packing = Packing(np.array([0, config.data.seq_len]), spec)
-        layout = Cutter(config, vocabulary).layout(packing)
+        packing = _one_document(config.data.seq_len, spec)
+        layout = Cutter(config, vocabulary, shapes).layout(packing)
         nodes = cluster.nodes(world)
         self.model = TrafficModel(packing, layout, layer_sizes(config), nodes[: parallel.cp])
         self.units = make_units(shapes, parallel.shard or world)

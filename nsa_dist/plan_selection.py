@@ -131,7 +131,7 @@ def rank_bits(trace: Trace, segments: Ints, blocks: int) -> Bools:
     for a, b in segments.tolist():
         if trace.picks is not None:
             for row, picks in enumerate(trace.picks[:, a:b]):
-                bits[row, np.unique(picks[picks >= 0])] = True
+                bits[row, picks[picks >= 0]] = True
         else:
             assert trace.needs is not None
             size = trace.tokens // trace.needs.shape[1]

@@ -6,6 +6,7 @@ a machine's two rates make seconds of them.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -53,6 +54,7 @@ def imbalance(seconds_P: Floats) -> float:
     return float(seconds_P.max()) / mean if mean > 0 else 1.0
 
 
+@lru_cache(maxsize=1)  # a plan asks for many cuts of one sequence
 def branch_flops(packing: Packing, sizes: Sizes) -> dict[str, Floats]:
     """[T] each: operations for each token, forward and backward, of one layer's branches (`compressed` with the
     scores, `selected`, `window`) and of `full` attention.
