@@ -213,6 +213,27 @@ def test_a_node_that_fails_again_and_again_is_left_out_where_the_others_suffice(
     assert after(good, "killed", 0) == both  # a day later
 
 
+def test_an_outage_of_the_store_is_a_failure_among_others(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nsa_dist.launch.recover import _Run
+
+    config, _ = configure(recipe, tmp_path, "run.store=http://127.0.0.1:9/run")  # nobody listens there
+    run = _Run(config, Resume((), True), Console(), "cpu", lambda: False, training.train)
+    attempts = []
+
+    def attempt(self: Any, *choice: Any) -> bool:
+        attempts.append(1)
+        return len(attempts) == 3 or bool(self._resume_from())
+
+    monkeypatch.setattr(_Run, "_choose", lambda *_: (config, [], []))
+    monkeypatch.setattr(_Run, "_attempt", attempt)
+    monkeypatch.setattr(_Run, "_sleep", lambda *_: None)
+    run.train(0)
+    causes = [row["cause"] for row in events(tmp_path, "failure")]
+    assert len(causes) == 2 and all(cause.startswith("http://127.0.0.1:9/run/checkpoints: ") for cause in causes)
+
+
 def test_an_address_has_its_interface() -> None:
     from nsa_dist.launch.worker import interface
 
