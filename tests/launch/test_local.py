@@ -5,15 +5,24 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nsa_dist.config import ConfigError
-from nsa_dist.launch.local import run_local
+from nsa_dist.launch.local import private_ray, run_local
 from nsa_dist.process import RunFailed
+
+
+@pytest.fixture(scope="module")
+def run_workers() -> Iterator[Callable[..., Any]]:
+    """controller.run_workers in one private Ray, with places enough for every test: they come free late."""
+    with private_ray(12, 0):
+        from nsa_dist.launch.controller import run_workers
+
+        yield run_workers
 
 
 def ignore(rank: int, event: dict[str, Any]) -> None:
@@ -102,7 +111,7 @@ def test_results_of_more_ranks_than_cores_unreachable_from_outside(
 
 
 def test_first_cause_is_the_dead_rank_though_others_fail_and_hang(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    run_workers: Callable[..., Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def fn(report: Callable[[dict[str, Any]], None]) -> None:
         import torch
@@ -118,7 +127,7 @@ def test_first_cause_is_the_dead_rank_though_others_fail_and_hang(
         dist.recv(torch.ones(1), src=2)
 
     with pytest.raises(RunFailed) as caught:
-        run_local(3, fn, (), ignore, tmp_path)
+        run_workers(3, fn, (), ignore, tmp_path)
     assert caught.value.rank == 2
     assert str(caught.value) == (
         f"rank 2: its process was killed by SIGKILL (out of memory, or by hand); see {tmp_path}/rank-2.txt"
@@ -127,9 +136,10 @@ def test_first_cause_is_the_dead_rank_though_others_fail_and_hang(
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_hang_is_told_with_the_silent_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wait_less(rank: int, event: dict[str, Any]) -> None:  # once Ray has been imported
-        monkeypatch.setattr("nsa_dist.launch.watch._CAUSE_S", 1.0)
+def test_a_hang_is_told_with_the_silent_rank(
+    run_workers: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nsa_dist.launch.watch._CAUSE_S", 1.0)
 
     def fn(report: Callable[[dict[str, Any]], None]) -> None:
         import torch
@@ -141,11 +151,13 @@ def test_a_hang_is_told_with_the_silent_rank(tmp_path: Path, monkeypatch: pytest
         dist.all_reduce(torch.ones(1))
 
     with pytest.raises(RunFailed, match=r"^rank 0: .*; rank 1 still runs and was last heard .* \(step 41\)"):
-        run_local(2, fn, (), wait_less, tmp_path, timeout_s=3)
+        run_workers(2, fn, (), ignore, tmp_path, timeout_s=3)
 
 
 @pytest.mark.parametrize("error", [ValueError("too small\nby far"), ConfigError("a=b: must be c")])
-def test_an_error_is_told_in_one_line_and_kept_in_full(tmp_path: Path, error: Exception) -> None:
+def test_an_error_is_told_in_one_line_and_kept_in_full(
+    run_workers: Callable[..., Any], tmp_path: Path, error: Exception
+) -> None:
     def fn(report: Callable[[dict[str, Any]], None]) -> None:
         import torch
         import torch.distributed as dist
@@ -156,7 +168,7 @@ def test_an_error_is_told_in_one_line_and_kept_in_full(tmp_path: Path, error: Ex
         dist.all_reduce(torch.ones(1))
 
     with pytest.raises(RunFailed) as caught:
-        run_local(2, fn, (), ignore, tmp_path)
+        run_workers(2, fn, (), ignore, tmp_path)
     bad_input = isinstance(error, ConfigError)
     assert (caught.value.rank, caught.value.bad_input) == (1, bad_input)
     told = "a=b: must be c" if bad_input else f"rank 1: ValueError: too small; see {tmp_path}/rank-1.txt"
@@ -168,7 +180,7 @@ def test_an_error_is_told_in_one_line_and_kept_in_full(tmp_path: Path, error: Ex
 PROGRAM = """
 import sys, time
 from pathlib import Path
-from nsa_dist.launch.local import run_local
+from nsa_dist.launch.local import private_ray, run_local
 
 def main(logs, seconds):
     def fn(report):
