@@ -120,13 +120,14 @@ def compile_launch(launch: Launch, target: str) -> Any:
         if isinstance(value, TensorDescriptor):
             block = f"{_NAMES[value.base.dtype]}{list(value.block_shape)}"
             signature[parameter.name] = f"tensordesc<{block},{value.layout!r}>"
-        elif parameter.is_constexpr or (isinstance(value, int) and value == 1):
+        elif parameter.is_constexpr or (isinstance(value, int) and value == 1 and not parameter.do_not_specialize):
             signature[parameter.name], constants[(i,)] = "constexpr", value
         elif isinstance(value, Tensor):
             signature[parameter.name] = "*" + _NAMES[value.dtype]
         else:
             signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0 and (i,) not in constants):
+        by_16 = isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize
+        if isinstance(value, Tensor) or (by_16 and (i,) not in constants):
             attributes[(i,)] = [["tt.divisibility", 16]]
     amd = target.startswith("gfx")
     gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target[3:]), 32)

@@ -2,12 +2,14 @@
 
 Query by query each token would read 16 blocks of keys and values for 16 rows of queries: bound by L2. Here a
 program holds one block and goes over the queries that picked it: a pick costs a row of q and a partial output.
-The picks are sorted, stably, by (chunk of queries, KV head, block), 4 bytes a pick; a block that many picked is
-cut into work items of equal size. A second kernel adds a query's partial results in the order of its picks, a
-third those of a block that was cut: no atomics, one order. A chunk bounds the memory of the partial results.
+The picks are sorted, stably, by (chunk, KV head, block), 4 bytes a pick; a block that many picked is cut into work
+items of equal size. A second kernel adds a query's partial results in the order of its picks, a third those of a
+block that was cut: no atomics, one order. A chunk bounds the memory of the partial results: of some queries, as many
+as have their rows of one KV head in the cache, and of as many KV heads as fit.
 """
 
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 import triton
@@ -28,6 +30,7 @@ from nsa_dist.kernels.tile_ops import (
     zeros_two,
 )
 from nsa_dist.kernels.tuning import (
+    CHUNK,
     check_launch,
     count_launch,
     head_sizes,
@@ -39,6 +42,7 @@ from nsa_dist.kernels.tuning import (
 )
 
 _ITEM_ROWS = 2048  # queries times heads of a work item
+_CACHED_BYTES = 24 << 20  # of a chunk's rows of one KV head, each read once a pick
 _CHUNK_BYTES = 3 << 29  # of partial results;
 _LONG = 1 << 17  # half of it from so many queries on: there memory is scarce, and what it costs is small
 
@@ -57,8 +61,14 @@ def _item(item_start_ptr, segment_ptr, start_ptr, chunk, segments, WIDTH: tl.con
 
 
 @triton.jit
+def _base(g, first_head, first_query, chunk_queries, all_queries, count):
+    """What a KV head's picks' numbers have above those of their partial results."""
+    return (first_query + first_head * chunk_queries + g * (all_queries - chunk_queries)) * count
+
+
+@triton.jit
 def _picked_rows(
-    order_ptr, token_ptr, at, stop, first_query, groups, count, heads, g,
+    order_ptr, token_ptr, at, stop, base, all_queries, count, heads, g,
     R: tl.constexpr, RP: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """BM // RP picks with the R heads of each: rows of q, rows of the partial results, the queries' tokens."""
@@ -66,26 +76,27 @@ def _picked_rows(
     i = at + tl.arange(0, BM) // RP
     here = (i < stop) & (head < R)
     pick = tl.load(order_ptr + i, mask=here, other=0)
-    s = pick // (groups * count)
+    s = pick // count - g * all_queries
     row = s.to(tl.int64) * heads + g * R + head
-    partial = (pick - first_query * groups * count) * R + head  # times the head size: below 2**31, see _chunk
+    partial = (pick - base) * R + head  # times the head size: below 2**31, see _chunk
     token = tl.load(token_ptr + s, mask=here, other=-1).to(tl.int32)
     return here, row, partial, token
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHUNK)
 def block_forward_kernel(
     q_ptr, k_ptr, v_ptr, token_q_ptr, token_k_ptr, begin_ptr, end_ptr, order_ptr, start_ptr, item_start_ptr,
-    segment_ptr, part_o_ptr, part_lse_ptr, chunk, first_query, segments, blocks, groups, count, heads, k_row, v_row,
-    scale,
+    segment_ptr, part_o_ptr, part_lse_ptr, chunk, first_head, first_query, segments, blocks, chunk_queries,
+    all_queries, count, heads, k_row, v_row, scale,
     R: tl.constexpr, RP: tl.constexpr, DK: tl.constexpr, DK1: tl.constexpr, DK2: tl.constexpr,
     DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     ONCE: tl.constexpr, WIDTH: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """ONCE: no block is longer than BN, so that its keys are loaded once."""
     _, segment, _, _, first, stop = _item(item_start_ptr, segment_ptr, start_ptr, chunk, segments, WIDTH)
-    which = segment % segments
+    which = segment % segments + first_head * blocks
     g = which // blocks
+    base = _base(g, first_head, first_query, chunk_queries, all_queries, count)
     begin, end = tl.load(begin_ptr + which).to(tl.int32), tl.load(end_ptr + which).to(tl.int32)
     if ONCE:
         n = begin + tl.arange(0, BN)
@@ -94,7 +105,7 @@ def block_forward_kernel(
         token_N = tl.load(token_k_ptr + n, mask=n < end, other=2147483647).to(tl.int32)
     for at in range(first, stop, BM // RP):
         here, row, partial, token_M = _picked_rows(
-            order_ptr, token_q_ptr, at, stop, first_query, groups, count, heads, g, R, RP, BM
+            order_ptr, token_q_ptr, at, stop, base, all_queries, count, heads, g, R, RP, BM
         )
         q1, q2 = load_two(q_ptr, row * DK, here, DK, DK1, DK2)
         o1, o2 = zeros_two(BM, DV1, DV2)
@@ -119,14 +130,18 @@ def block_forward_kernel(
 
 
 @triton.jit
-def _slot_rows(first_query, queries, heads, groups, count, g, R: tl.constexpr, BM: tl.constexpr):
-    """A tile of a chunk's queries: rows of q, first pick, row of the first pick's partial result."""
+def _slot_rows(
+    first_head, first_query, queries, chunk_queries, all_queries, heads, count, R: tl.constexpr, BM: tl.constexpr
+):
+    """A tile of a chunk's queries of one KV head: the head, rows of q, first pick, row of its partial result."""
+    g = first_head + tl.program_id(1)
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     s = m // R
     here = s < queries
     row = (first_query + s).to(tl.int64) * heads + g * R + m % R
-    pick = (s.to(tl.int64) * groups + g) * count
-    return here, row, pick + first_query.to(tl.int64) * groups * count, pick * R + m % R
+    pick = (g * all_queries + first_query + s) * count
+    partial = (tl.program_id(1).to(tl.int64) * chunk_queries + s) * count * R + m % R
+    return g, here, row, pick, partial
 
 
 @triton.jit
@@ -138,15 +153,16 @@ def _held(picks_ptr, begin_ptr, end_ptr, at, here, blocks, g):
     return here & (tl.load(end_ptr + g * blocks + block, mask=here, other=0) > begin)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHUNK)
 def merge_kernel(
-    part_o_ptr, part_lse_ptr, picks_ptr, begin_ptr, end_ptr, o_ptr, lse_ptr, first_query, queries, heads, groups,
-    blocks, count,
+    part_o_ptr, part_lse_ptr, picks_ptr, begin_ptr, end_ptr, o_ptr, lse_ptr, first_head, first_query, queries,
+    chunk_queries, all_queries, heads, blocks, count,
     R: tl.constexpr, DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, BM: tl.constexpr, ONTO: tl.constexpr,
 ):  # fmt: skip
     """A query's output from those over its blocks, in the order of its picks; ONTO: after what is in o and lse."""
-    g = tl.program_id(1)
-    here, row, pick, partial = _slot_rows(first_query, queries, heads, groups, count, g, R, BM)
+    g, here, row, pick, partial = _slot_rows(
+        first_head, first_query, queries, chunk_queries, all_queries, heads, count, R, BM
+    )
     if ONTO:
         top = tl.load(lse_ptr + row, mask=here, other=float("-inf")) * LOG2E
         total = tl.where(top == float("-inf"), 0.0, 1.0)
@@ -174,12 +190,12 @@ def merge_kernel(
     store_two(o_ptr, row * DV, here, o1, o2, DV, DV1, DV2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHUNK)
 def block_backward_kernel(
     do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, gate_ptr, token_q_ptr, token_k_ptr, begin_ptr, end_ptr,
     order_ptr, start_ptr, item_start_ptr, split_start_ptr, segment_ptr, part_dq_ptr, part_dk_ptr, part_dv_ptr,
-    dk_ptr, dv_ptr, chunk, first_query, segments, blocks, groups, count, heads, longest,
-    k_row, v_row, scale,
+    dk_ptr, dv_ptr, chunk, first_head, first_query, segments, blocks, chunk_queries, all_queries, count, heads,
+    longest, k_row, v_row, scale,
     R: tl.constexpr, RP: tl.constexpr, DK: tl.constexpr, DK1: tl.constexpr, DK2: tl.constexpr,
     DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     ONCE: tl.constexpr, WIDTH: tl.constexpr, PREC: tl.constexpr,
@@ -189,8 +205,9 @@ def block_backward_kernel(
     here_item, segment, part, parts, first, stop = _item(
         item_start_ptr, segment_ptr, start_ptr, chunk, segments, WIDTH
     )
-    which = segment % segments
+    which = segment % segments + first_head * blocks
     g = which // blocks
+    base = _base(g, first_head, first_query, chunk_queries, all_queries, count)
     begin, end = tl.load(begin_ptr + which).to(tl.int32), tl.load(end_ptr + which).to(tl.int32)
     end = tl.where(here_item, end, begin)
     split = tl.load(split_start_ptr + segment) - tl.load(split_start_ptr + chunk * segments) + part
@@ -204,7 +221,7 @@ def block_backward_kernel(
         dv1, dv2 = zeros_two(BN, DV1, DV2)
         for at in range(first, stop, BM // RP):
             here, row, partial, token_M = _picked_rows(
-                order_ptr, token_q_ptr, at, stop, first_query, groups, count, heads, g, R, RP, BM
+                order_ptr, token_q_ptr, at, stop, base, all_queries, count, heads, g, R, RP, BM
             )
             q1, q2 = load_two(q_ptr, row * DK, here, DK, DK1, DK2)
             do1, do2 = load_two(do_ptr, row * DV, here, DV, DV1, DV2)
@@ -240,14 +257,14 @@ def block_backward_kernel(
             tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHUNK)
 def add_parts_kernel(
-    part_ptr, begin_ptr, end_ptr, item_start_ptr, split_start_ptr, d_ptr, chunk, segments, longest,
-    D: tl.constexpr, WIDTH: tl.constexpr, BN: tl.constexpr,
+    part_ptr, begin_ptr, end_ptr, item_start_ptr, split_start_ptr, d_ptr, chunk, first_head, segments, blocks,
+    longest, D: tl.constexpr, WIDTH: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Adds a block's partial sums, in order, to its gradient."""
-    which = tl.program_id(0)
-    segment = chunk * segments + which
+    which = tl.program_id(0) + first_head * blocks
+    segment = chunk * segments + tl.program_id(0)
     parts = tl.load(item_start_ptr + segment + 1) - tl.load(item_start_ptr + segment)
     if parts > 1:
         split = tl.load(split_start_ptr + segment) - tl.load(split_start_ptr + chunk * segments)
@@ -262,13 +279,15 @@ def add_parts_kernel(
         tl.store(d_ptr + n[:, None] * D + d[None, :], total, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHUNK)
 def sum_dq_kernel(
-    part_dq_ptr, picks_ptr, begin_ptr, end_ptr, dq_ptr, first_query, queries, heads, groups, blocks, count,
+    part_dq_ptr, picks_ptr, begin_ptr, end_ptr, dq_ptr, first_head, first_query, queries, chunk_queries, all_queries,
+    heads, blocks, count,
     R: tl.constexpr, DK: tl.constexpr, DK1: tl.constexpr, DK2: tl.constexpr, BM: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    g = tl.program_id(1)
-    here, row, pick, partial = _slot_rows(first_query, queries, heads, groups, count, g, R, BM)
+    g, here, row, pick, partial = _slot_rows(
+        first_head, first_query, queries, chunk_queries, all_queries, heads, count, R, BM
+    )
     dq1, dq2 = zeros_two(BM, DK1, DK2)
     for slot in range(count):
         held = _held(picks_ptr, begin_ptr, end_ptr, pick + slot, here, blocks, g)
@@ -280,11 +299,22 @@ def sum_dq_kernel(
 
 
 @dataclass(frozen=True)
-class Work:
-    """The picks in the order in which they are computed.
+class Chunk:
+    """Queries [first_query, first_query + queries) of KV heads [first_head, first_head + heads)."""
 
-    A segment is a chunk's queries that picked one block of one KV head; segments are numbered by chunk, KV head,
-    block. `order [picks]` numbers of picks, by segment; `start [segments + 1]` of each segment in it;
+    number: int
+    first_head: int
+    heads: int
+    first_query: int
+    queries: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """The picks [G, S, n] in the order in which they are computed.
+
+    A segment is a chunk's queries that picked one block of one KV head; segments are numbered by chunk, KV head of
+    the chunk, block. `order [picks]` numbers of picks, by segment; `start [segments + 1]` of each segment in it;
     `item_start` the same in work items, of which a segment has one for each `width` picks; `split_start` in
     work items of segments that have more than one; `segment [items]` of each item; all int32, on the device.
     """
@@ -294,36 +324,56 @@ class Work:
     item_start: Tensor
     split_start: Tensor
     segment: Tensor
-    chunk: int  # queries of a chunk
+    chunks: list[Chunk]
+    queries: int  # of a chunk, at most
+    picks: int  # of a chunk, at most
+    segments: int  # of a chunk
     width: int
     items: int  # of a chunk, at most
     splits: int
 
 
-def make_work(picks_SGn: Tensor, index: BlockIndex, chunk: int, width: int) -> Work:
-    """Raises ValueError where the numbers need more than 32 bits."""
-    (s, groups, n), blocks = picks_SGn.shape, index.begin_GB.shape[1]
-    segments, chunks, device = groups * blocks, -(-s // chunk), picks_SGn.device
-    if max(chunks * segments, picks_SGn.numel()) >= 2**31:
+def make_work(picks_GSn: Tensor, index: BlockIndex, queries: int, heads: int, width: int) -> Work:
+    """queries, heads: of a chunk, at most. Raises ValueError where the numbers need more than 32 bits."""
+    (groups, s, n), blocks, device = picks_GSn.shape, index.begin_GB.shape[1], picks_GSn.device
+    queries, heads = _even(s, queries, 16), _even(groups, heads, 1)
+    parts = -(-s // queries)
+    chunks = [
+        Chunk(i, g, min(heads, groups - g), a, min(queries, s - a))
+        for i, (g, a) in enumerate(product(range(0, groups, heads), range(0, s, queries)))
+    ]
+    segments = heads * blocks
+    total = len(chunks) * segments
+    if max(total, picks_GSn.numel()) >= 2**31:
         raise ValueError(
             f"picks of shape {(s, groups, n)} over {blocks} blocks: more than 2**31 picks or segments; "
             "fewer queries at a time are allowed"
         )
-    head = torch.arange(groups, device=device, dtype=torch.int32)[:, None] * blocks
-    block = picks_SGn + head
+    head = torch.arange(groups, device=device, dtype=torch.int32)
     held = (index.end_GB > index.begin_GB).flatten()
-    here = held[block.masked_fill(picks_SGn < 0, 0)] & (picks_SGn >= 0)
-    block += (torch.arange(s, device=device, dtype=torch.int32) // chunk * segments)[:, None, None]
-    key, order = block.masked_fill_(~here, chunks * segments).flatten().sort(stable=True)
-    edges = torch.arange(chunks * segments + 1, device=device, dtype=torch.int32)
-    start = torch.searchsorted(key, edges, out_int32=True)
-    parts = (start.diff() + width - 1) // width
-    item_start, split_start = _starts(parts), _starts(parts.masked_fill(parts == 1, 0))
-    most = chunk * groups * n
-    items = most // width + min(segments, most)
-    numbers = torch.arange(min(chunks * items, chunks * segments + picks_SGn.numel()), device=device)
+    at = (picks_GSn + head[:, None, None] * blocks).masked_fill_(picks_GSn < 0, 0)
+    here = held[at] & (picks_GSn >= 0)
+    part = torch.arange(s, device=device, dtype=torch.int32) // queries
+    chunk = (head // heads * parts)[:, None] + part
+    key = picks_GSn + (chunk * segments + (head % heads * blocks)[:, None])[..., None]
+    key, order = key.masked_fill_(~here, total).flatten().sort(stable=True)
+    start = torch.searchsorted(key, torch.arange(total + 1, device=device, dtype=torch.int32), out_int32=True)
+    items_of = (start.diff() + width - 1) // width
+    item_start, split_start = _starts(items_of), _starts(items_of.masked_fill(items_of == 1, 0))
+    picked = heads * queries * n
+    items = picked // width + min(segments, picked)
+    numbers = torch.arange(min(len(chunks) * items, total + picks_GSn.numel()), device=device)
     segment = torch.searchsorted(item_start, numbers.int(), right=True, out_int32=True) - 1
-    return Work(order.int(), start, item_start, split_start, segment, chunk, width, items, 2 * most // width + 1)
+    splits = 2 * picked // width + 1
+    return Work(
+        order.int(), start, item_start, split_start, segment, chunks, queries, picked, segments, width, items, splits
+    )
+
+
+def _even(total: int, most: int, multiple: int) -> int:
+    """The size of equal parts of at most `most`, rounded up to a multiple."""
+    parts = -(-total // max(1, most))
+    return -(-total // (parts * multiple)) * multiple
 
 
 def _starts(counts: Tensor) -> Tensor:
@@ -342,27 +392,28 @@ def selected_forward(
 ) -> tuple[Tensor, Tensor]:
     """As `selected.selected_forward`: output [S, H, Dv] in q's type, log-sum-exp [S, H] in float32."""
     check_picks(picks_SGn, index)
-    q, k, v, picks = q_SHD.contiguous(), rows_contiguous(k_ND), rows_contiguous(v_ND), picks_SGn.contiguous()
+    q, k, v = q_SHD.contiguous(), rows_contiguous(k_ND), rows_contiguous(v_ND)
+    picks = picks_SGn.transpose(0, 1).contiguous()
     check_launch(q, k, v)
-    (s, h, dk), (_, groups, count), dv = q.shape, picks.shape, v.shape[1]
+    (s, h, dk), (groups, _, count), dv = q.shape, picks.shape, v.shape[1]
     o, lse = onto or (q.new_empty(s, h, dv), q.new_empty(s, h, dtype=torch.float32))
     if s == 0 or index.longest == 0:  # no row: no grid either
         return onto or (o.zero_(), lse.fill_(-torch.inf))
     sizes, meta, tile = _launch("block_forward", q, dk, dv, h // groups)
-    work = make_work(picks, index, _chunk(q, h * count * dv), _item_width(h // groups, meta["BM"]))
-    blocks = index.begin_GB.shape[1]
-    part_o = q.new_empty(work.chunk * groups * count * (h // groups), dv)
+    r, blocks = h // groups, index.begin_GB.shape[1]
+    work = make_work(picks, index, *_chunk(q, r * dk, r * count * dv), _item_width(r, meta["BM"]))
+    part_o = q.new_empty(work.picks * r, dv)
     part_lse = q.new_empty(len(part_o), dtype=torch.float32)
     edges = index.begin_GB, index.end_GB
-    by_gluon = _by_gluon(q, k, v, h // groups, index.longest)
+    by_gluon = _by_gluon(q, k, v, r, index.longest)
     if by_gluon:
         from nsa_dist.kernels import hopper_blocks
 
-        descriptors, constants = hopper_blocks.arguments(q, k, v, h // groups)
+        descriptors, constants = hopper_blocks.arguments(q, k, v, r)
     count_launch("block_forward")
-    for chunk, first in enumerate(range(0, s, work.chunk)):
+    for chunk in work.chunks:
         where = (token_S, index.token_N, *edges, work.order, work.start, work.item_start, work.segment)
-        which = chunk, first, groups * blocks, blocks, groups, count, h
+        which = chunk.number, chunk.first_head, chunk.first_query, work.segments, blocks, work.queries, s, count, h
         if by_gluon:
             hopper_blocks.block_forward_kernel[(work.items,)](
                 *descriptors, *where, part_o, part_lse, *which, scale,
@@ -371,10 +422,9 @@ def selected_forward(
             block_forward_kernel[(work.items,)](
                 q, k, v, *where, part_o, part_lse, *which, k.stride(0), v.stride(0), scale,
                 ONCE=index.longest <= meta["BN"], WIDTH=work.width, **sizes, **meta)  # fmt: skip
-        queries = min(work.chunk, s - first)
-        merge_kernel[(triton.cdiv(queries * (h // groups), tile), groups)](
-            part_o, part_lse, picks, *edges, o, lse, first, queries, h, groups, blocks, count,
-            R=h // groups, BM=tile, ONTO=onto is not None, **pieces("V", dv))  # fmt: skip
+        merge_kernel[(triton.cdiv(chunk.queries * r, tile), chunk.heads)](
+            part_o, part_lse, picks, *edges, o, lse, chunk.first_head, chunk.first_query, chunk.queries, work.queries,
+            s, h, blocks, count, R=r, BM=tile, ONTO=onto is not None, **pieces("V", dv))  # fmt: skip
     return o, lse
 
 
@@ -390,39 +440,39 @@ def selected_backward(
     dq_SHD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `selected.selected_backward`; dq in q's type, dk and dv in float32."""
-    q, k, v, picks = q_SHD.contiguous(), rows_contiguous(k_ND), rows_contiguous(v_ND), picks_SGn.contiguous()
+    q, k, v = q_SHD.contiguous(), rows_contiguous(k_ND), rows_contiguous(v_ND)
+    picks = picks_SGn.transpose(0, 1).contiguous()
     do = branch.do_SHD.to(q.dtype).contiguous()
     rows = branch.rows()
     check_launch(q, k, v, do)
-    (s, h, dk), (_, groups, count), dv = q.shape, picks.shape, v.shape[1]
+    (s, h, dk), (groups, _, count), dv = q.shape, picks.shape, v.shape[1]
     dq = torch.empty_like(q) if dq_SHD is None else dq_SHD
     d_k, d_v = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
     if s == 0 or index.longest == 0:
         return (dq.zero_() if dq_SHD is None else dq), d_k, d_v
     sizes, meta, tile = _launch("block_backward", q, dk, dv, h // groups)
-    work = make_work(picks, index, _chunk(q, h * count * dk), _item_width(h // groups, meta["BM"]))
-    blocks, longest = index.begin_GB.shape[1], index.longest
-    part_dq = q.new_empty(work.chunk * groups * count * (h // groups), dk)
+    r, blocks, longest = h // groups, index.begin_GB.shape[1], index.longest
+    work = make_work(picks, index, *_chunk(q, r * (dk + dv), r * count * dk), _item_width(r, meta["BM"]))
+    part_dq = q.new_empty(work.picks * r, dk)
     part_dk, part_dv = (d.new_empty(work.splits * longest, d.shape[1]) for d in (d_k, d_v))
     edges, starts = (index.begin_GB, index.end_GB), (work.item_start, work.split_start)
     count_launch("block_backward")
     once = longest <= meta["BN"]
-    for chunk, first in enumerate(range(0, s, work.chunk)):
+    for chunk in work.chunks:
         if not once:
             part_dq.zero_()
         block_backward_kernel[(work.items,)](
             do, q, k, v, *rows, token_S, index.token_N, *edges, work.order,
-            work.start, *starts, work.segment, part_dq, part_dk, part_dv, d_k, d_v, chunk, first, groups * blocks,
-            blocks, groups, count, h, longest,  k.stride(0),
-            v.stride(0), scale, ONCE=once, WIDTH=work.width, **sizes, **meta)  # fmt: skip
+            work.start, *starts, work.segment, part_dq, part_dk, part_dv, d_k, d_v, chunk.number, chunk.first_head,
+            chunk.first_query, work.segments, blocks, work.queries, s, count, h, longest, k.stride(0), v.stride(0),
+            scale, ONCE=once, WIDTH=work.width, **sizes, **meta)  # fmt: skip
         for part, d in ((part_dk, d_k), (part_dv, d_v)):
-            add_parts_kernel[(groups * blocks, triton.cdiv(longest, 16))](
-                part, *edges, *starts, d, chunk, groups * blocks, longest,
+            add_parts_kernel[(chunk.heads * blocks, triton.cdiv(longest, 16))](
+                part, *edges, *starts, d, chunk.number, chunk.first_head, work.segments, blocks, longest,
                 D=d.shape[1], WIDTH=triton.next_power_of_2(d.shape[1]), BN=16)  # fmt: skip
-        queries = min(work.chunk, s - first)
-        sum_dq_kernel[(triton.cdiv(queries * (h // groups), tile), groups)](
-            part_dq, picks, *edges, dq, first, queries, h, groups, blocks, count,
-            R=h // groups, BM=tile, ADD=dq_SHD is not None, **pieces("K", dk))  # fmt: skip
+        sum_dq_kernel[(triton.cdiv(chunk.queries * r, tile), chunk.heads)](
+            part_dq, picks, *edges, dq, chunk.first_head, chunk.first_query, chunk.queries, work.queries, s, h,
+            blocks, count, R=r, BM=tile, ADD=dq_SHD is not None, **pieces("K", dk))  # fmt: skip
     return dq, d_k, d_v
 
 
@@ -447,10 +497,12 @@ def _item_width(r: int, bm: int) -> int:
     return max(_ITEM_ROWS // rp, bm // rp)
 
 
-def _chunk(q: Tensor, elements: int) -> int:
-    """Queries whose partial results, of so many elements each, fit: fewer than 2**31 elements."""
+def _chunk(q: Tensor, read: int, written: int) -> tuple[int, int]:
+    """Queries and KV heads of a chunk, from the elements that a query's picks of one KV head read, each anew, and
+    those of its partial results: fewer than 2**31 of a chunk."""
     if target(q.device) == "interpreter":
-        return 64
-    bound = _CHUNK_BYTES // (2 if len(q) >= _LONG else 1)
-    most = 1 << (max(1, bound // (elements * q.element_size())).bit_length() - 1)
-    return min(most, triton.next_power_of_2(len(q)))
+        return 48, 2
+    size = q.element_size()
+    bound = _CHUNK_BYTES // (2 if len(q) >= _LONG else 1) // (written * size)
+    queries = max(1, min(_CACHED_BYTES // (read * size), bound, len(q)))
+    return queries, max(1, bound // queries)

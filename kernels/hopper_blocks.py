@@ -21,6 +21,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nsa_dist.kernels.hopper import _copy_tile
 from nsa_dist.kernels.tile_ops import LOG2E
+from nsa_dist.kernels.tuning import CHUNK
 
 _ROWS = 64  # rows of a tile, and keys of a block at most
 _STAGES = 2
@@ -30,8 +31,8 @@ _PUBLIC = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))  # f
 
 @gluon.jit
 def _feed(
-    q_desc, k_desc, v_desc, q, k, v, q_full, q_empty, kv_full, order_ptr, begin, first, stop, per_query, heads, g,
-    R: gl.constexpr, PIECES: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
+    q_desc, k_desc, v_desc, q, k, v, q_full, q_empty, kv_full, order_ptr, begin, first, stop, count, all_queries,
+    heads, g, R: gl.constexpr, PIECES: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The loading warp: the block's keys and values once, then the rows of tile after tile of picks."""
     PICKS: gl.constexpr = 64 // R
@@ -50,7 +51,7 @@ def _feed(
         mbarrier.expect(q_full.index(slot), 64 * 64 * PIECES * 2)
         for i in gl.static_range(PICKS):
             pick = gl.load(order_ptr + gl.minimum(first + j * PICKS + i, stop - 1))  # beyond the last: it again
-            row = pick // per_query * heads + g * R
+            row = (pick // count - g * all_queries) * heads + g * R
             for piece in gl.static_range(PIECES):
                 to = rows.index((slot * PIECES + piece) * PICKS + i)
                 _copy_tile(q_desc, [row, piece * 64], q_full.index(slot), to)
@@ -67,7 +68,7 @@ def _picks(order_ptr, at, stop, R: gl.constexpr, layout: gl.constexpr):
 @gluon.jit
 def _attend(
     q, k, v, q_full, q_empty, kv_full, order_ptr, token_q_ptr, token_k_ptr, part_o_ptr, part_lse_ptr, begin, end,
-    first, stop, first_pick, per_query, scale,
+    first, stop, base, count, head_queries, scale,
     R: gl.constexpr, PIECES: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     PICKS: gl.constexpr = 64 // R
@@ -85,7 +86,7 @@ def _attend(
     for j in range(tiles):
         slot, at = j % STAGES, first + j * PICKS
         here, pick, head = _picks(order_ptr, at, stop, R, rows)
-        token_M = gl.load(token_q_ptr + pick // per_query, mask=here, other=-1).to(gl.int32)
+        token_M = gl.load(token_q_ptr + pick // count - head_queries, mask=here, other=-1).to(gl.int32)
         here_o, pick_o, head_o = _picks(order_ptr, at, stop, R, gl.SliceLayout(1, copy))
         mbarrier.wait(q_full.index(slot), (j // STAGES) & 1)
         s = gl.zeros([64, 64], gl.float32, scores)
@@ -105,18 +106,19 @@ def _attend(
         o = warpgroup_mma(p, v, o, use_acc=False, is_async=True)
         divide = gl.where(total > 0, total, 1.0)
         lse = gl.where(total > 0, (top + gl.log2(divide)) / LOG2E, float("-inf"))
-        gl.store(part_lse_ptr + (pick - first_pick) * R + head, lse, mask=here)
+        gl.store(part_lse_ptr + (pick - base) * R + head, lse, mask=here)
         o, p = warpgroup_mma_wait(0, deps=[o, p])
         o = (o * gl.convert_layout(1.0 / divide, gl.SliceLayout(1, out))[:, None]).to(dtype)
-        to_M = ((pick_o - first_pick) * R + head_o) * DV  # below 2**31, see blocks._chunk
+        to_M = ((pick_o - base) * R + head_o) * DV  # below 2**31, see blocks._chunk
         gl.store(part_o_ptr + to_M[:, None] + d[None, :], gl.convert_layout(o, copy), mask=here_o[:, None],
                  eviction_policy="evict_first")  # fmt: skip
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=CHUNK)
 def block_forward_kernel(
     q_desc, k_desc, v_desc, token_q_ptr, token_k_ptr, begin_ptr, end_ptr, order_ptr, start_ptr, item_start_ptr,
-    segment_ptr, part_o_ptr, part_lse_ptr, chunk, first_query, segments, blocks, groups, count, heads, scale,
+    segment_ptr, part_o_ptr, part_lse_ptr, chunk, first_head, first_query, segments, blocks, chunk_queries,
+    all_queries, count, heads, scale,
     R: gl.constexpr, PIECES: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr, WIDTH: gl.constexpr,
 ):  # fmt: skip
     """As `blocks.block_forward_kernel`, for blocks of at most 64 rows and a power of two of heads."""
@@ -126,10 +128,10 @@ def block_forward_kernel(
         part = item - gl.load(item_start_ptr + segment)
         first = gl.load(start_ptr + segment) + part * WIDTH
         stop = gl.minimum(first + WIDTH, gl.load(start_ptr + segment + 1))
-        which = segment % segments
+        which = segment % segments + first_head * blocks
         g = which // blocks
+        base = (first_query + first_head * chunk_queries + g * (all_queries - chunk_queries)) * count  # blocks._base
         begin, end = gl.load(begin_ptr + which).to(gl.int32), gl.load(end_ptr + which).to(gl.int32)
-        per_query = groups * count
         dtype: gl.constexpr = q_desc.dtype
         q = gl.allocate_shared_memory(dtype, [STAGES * PIECES, 64, 64], k_desc.layout)
         k = gl.allocate_shared_memory(dtype, [PIECES, 64, 64], k_desc.layout)
@@ -145,10 +147,10 @@ def block_forward_kernel(
         gl.warp_specialize(
             [
                 (_attend, (q, k, v, q_full, q_empty, kv_full, order_ptr, token_q_ptr, token_k_ptr, part_o_ptr,
-                           part_lse_ptr, begin, end, first, stop, first_query * per_query, per_query, scale, R,
+                           part_lse_ptr, begin, end, first, stop, base, count, g * all_queries, scale, R,
                            PIECES, DV, STAGES)),
                 (_feed, (q_desc, k_desc, v_desc, q, k, v, q_full, q_empty, kv_full, order_ptr, begin, first, stop,
-                         per_query, heads, g, R, PIECES, DV, STAGES)),
+                         count, all_queries, heads, g, R, PIECES, DV, STAGES)),
             ],
             [1],
             [24],

@@ -11,6 +11,8 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HEAD_SIZES = range(16, 257, 8)
+# Arguments that differ from one chunk of the selected branch to the next: one compiled kernel for all.
+CHUNK = ("chunk", "first_head", "first_query", "queries")
 
 launches: dict[str, int] = {}
 
