@@ -145,46 +145,59 @@ def _slot_rows(
 
 
 @triton.jit
-def _held(picks_ptr, begin_ptr, end_ptr, at, here, blocks, g):
-    """Where a pick is a block of which the buffer has rows."""
-    block = tl.load(picks_ptr + at, mask=here, other=-1)
+def _held(picks_ptr, begin_ptr, end_ptr, pick_M, here_M, blocks, count, g, SLOTS: tl.constexpr):
+    """[M, SLOTS]: where a pick is a block of which the buffer has rows."""
+    slot = tl.arange(0, SLOTS)
+    here = here_M[:, None] & (slot < count)[None, :]
+    block = tl.load(picks_ptr + pick_M[:, None] + slot[None, :], mask=here, other=-1)
     here &= block >= 0
     begin = tl.load(begin_ptr + g * blocks + block, mask=here, other=0)
     return here & (tl.load(end_ptr + g * blocks + block, mask=here, other=0) > begin)
+
+
+@triton.jit
+def _of_slot(x, slot, SLOTS: tl.constexpr):
+    """[M]: column `slot` of [M, SLOTS], x at least 0."""
+    return tl.sum(tl.where((tl.arange(0, SLOTS) == slot)[None, :], x, 0.0), 1)
 
 
 @triton.jit(do_not_specialize=CHUNK)
 def merge_kernel(
     part_o_ptr, part_lse_ptr, picks_ptr, begin_ptr, end_ptr, o_ptr, lse_ptr, first_head, first_query, queries,
     chunk_queries, all_queries, heads, blocks, count,
-    R: tl.constexpr, DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, BM: tl.constexpr, ONTO: tl.constexpr,
+    R: tl.constexpr, DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, BM: tl.constexpr, SLOTS: tl.constexpr,
+    ONTO: tl.constexpr,
 ):  # fmt: skip
-    """A query's output from those over its blocks, in the order of its picks; ONTO: after what is in o and lse."""
+    """A query's output from those over its blocks, in the order of its picks; ONTO: after what is in o and lse.
+
+    All weights are known before the first row is read, so that many rows are under way together.
+    """
     g, here, row, pick, partial = _slot_rows(
         first_head, first_query, queries, chunk_queries, all_queries, heads, count, R, BM
     )
+    held = _held(picks_ptr, begin_ptr, end_ptr, pick, here, blocks, count, g, SLOTS)
+    of_slot = partial[:, None] + (tl.arange(0, SLOTS) * R)[None, :]
+    lse2 = tl.load(part_lse_ptr + of_slot, mask=held, other=float("-inf")) * LOG2E
+    top = tl.max(lse2, 1)
+    o1, o2 = zeros_two(BM, DV1, DV2)
     if ONTO:
-        top = tl.load(lse_ptr + row, mask=here, other=float("-inf")) * LOG2E
-        total = tl.where(top == float("-inf"), 0.0, 1.0)
+        before = tl.load(lse_ptr + row, mask=here, other=float("-inf")) * LOG2E
+        top = tl.maximum(top, before)
+    safe = tl.where(top == float("-inf"), 0.0, top)  # -inf - (-inf) would be NaN
+    weights = tl.exp2(lse2 - safe[:, None])
+    total = tl.sum(weights, 1)
+    if ONTO:
+        weight = tl.exp2(before - safe)
+        total += weight
         o1, o2 = load_two(o_ptr, row * DV, here, DV, DV1, DV2)
-        o1 = o1.to(tl.float32)
-        o2 = o2.to(tl.float32)
-    else:
-        top = tl.full([BM], float("-inf"), tl.float32)
-        total = tl.zeros([BM], tl.float32)
-        o1, o2 = zeros_two(BM, DV1, DV2)
-    for slot in range(count):
-        held = _held(picks_ptr, begin_ptr, end_ptr, pick + slot, here, blocks, g)
-        lse2 = tl.load(part_lse_ptr + partial + slot * R, mask=held, other=float("-inf")) * LOG2E
-        above = tl.maximum(top, lse2)
-        safe = tl.where(above == float("-inf"), 0.0, above)
-        shrink, weight = tl.exp2(top - safe), tl.exp2(lse2 - safe)
-        total = total * shrink + weight
-        x1, x2 = load_two(part_o_ptr, (partial + slot * R) * DV, held, DV, DV1, DV2, True)
-        o1 = o1 * shrink[:, None] + x1.to(tl.float32) * weight[:, None]
+        o1 = o1.to(tl.float32) * weight[:, None]
+        o2 = o2.to(tl.float32) * weight[:, None]
+    for slot in tl.range(count, loop_unroll_factor=8):
+        weight = _of_slot(weights, slot, SLOTS)
+        x1, x2 = load_two(part_o_ptr, (partial + slot * R) * DV, weight > 0, DV, DV1, DV2, True)
+        o1 += x1.to(tl.float32) * weight[:, None]
         if DV2 > 0:
-            o2 = o2 * shrink[:, None] + x2.to(tl.float32) * weight[:, None]
-        top = above
+            o2 += x2.to(tl.float32) * weight[:, None]
     o1, o2, lse = softmax_end(o1, o2, top, total)
     tl.store(lse_ptr + row, lse, mask=here)
     store_two(o_ptr, row * DV, here, o1, o2, DV, DV1, DV2)
@@ -283,15 +296,17 @@ def add_parts_kernel(
 def sum_dq_kernel(
     part_dq_ptr, picks_ptr, begin_ptr, end_ptr, dq_ptr, first_head, first_query, queries, chunk_queries, all_queries,
     heads, blocks, count,
-    R: tl.constexpr, DK: tl.constexpr, DK1: tl.constexpr, DK2: tl.constexpr, BM: tl.constexpr, ADD: tl.constexpr,
+    R: tl.constexpr, DK: tl.constexpr, DK1: tl.constexpr, DK2: tl.constexpr, BM: tl.constexpr, SLOTS: tl.constexpr,
+    ADD: tl.constexpr,
 ):  # fmt: skip
     g, here, row, pick, partial = _slot_rows(
         first_head, first_query, queries, chunk_queries, all_queries, heads, count, R, BM
     )
+    held = _held(picks_ptr, begin_ptr, end_ptr, pick, here, blocks, count, g, SLOTS).to(tl.float32)
     dq1, dq2 = zeros_two(BM, DK1, DK2)
-    for slot in range(count):
-        held = _held(picks_ptr, begin_ptr, end_ptr, pick + slot, here, blocks, g)
-        x1, x2 = load_two(part_dq_ptr, (partial + slot * R) * DK, held, DK, DK1, DK2, True)
+    for slot in tl.range(count, loop_unroll_factor=8):
+        there = _of_slot(held, slot, SLOTS) > 0
+        x1, x2 = load_two(part_dq_ptr, (partial + slot * R) * DK, there, DK, DK1, DK2, True)
         dq1 += x1.to(tl.float32)
         if DK2 > 0:
             dq2 += x2.to(tl.float32)
@@ -424,7 +439,8 @@ def selected_forward(
                 ONCE=index.longest <= meta["BN"], WIDTH=work.width, **sizes, **meta)  # fmt: skip
         merge_kernel[(triton.cdiv(chunk.queries * r, tile), chunk.heads)](
             part_o, part_lse, picks, *edges, o, lse, chunk.first_head, chunk.first_query, chunk.queries, work.queries,
-            s, h, blocks, count, R=r, BM=tile, ONTO=onto is not None, **pieces("V", dv))  # fmt: skip
+            s, h, blocks, count, R=r, BM=tile, SLOTS=_slots(count), ONTO=onto is not None,
+            **pieces("V", dv))  # fmt: skip
     return o, lse
 
 
@@ -472,7 +488,7 @@ def selected_backward(
                 D=d.shape[1], WIDTH=triton.next_power_of_2(d.shape[1]), BN=16)  # fmt: skip
         sum_dq_kernel[(triton.cdiv(chunk.queries * r, tile), chunk.heads)](
             part_dq, picks, *edges, dq, chunk.first_head, chunk.first_query, chunk.queries, work.queries, s, h,
-            blocks, count, R=r, BM=tile, ADD=dq_SHD is not None, **pieces("K", dk))  # fmt: skip
+            blocks, count, R=r, BM=tile, SLOTS=_slots(count), ADD=dq_SHD is not None, **pieces("K", dk))  # fmt: skip
     return dq, d_k, d_v
 
 
@@ -489,6 +505,10 @@ def _launch(kernel: str, q: Tensor, dk: int, dv: int, r: int) -> tuple[dict[str,
     rp = triton.next_power_of_2(r)
     meta["BM"] = max(meta["BM"], rp)
     return {"R": r, "RP": rp, "PREC": precision(q), **head_sizes(dk, dv)}, meta, 32
+
+
+def _slots(count: int) -> int:
+    return max(2, triton.next_power_of_2(count))
 
 
 def _item_width(r: int, bm: int) -> int:
