@@ -42,6 +42,8 @@ from nsa_dist.kernels.tuning import (
 )
 
 _ITEM_ROWS = 2048  # queries times heads of a work item
+_MERGE = {"BM": 32, "UNROLL": 4, "num_warps": 4}
+_SUM = {"BM": 32, "UNROLL": 4, "num_warps": 4}
 _CACHED_BYTES = 24 << 20  # of a chunk's rows of one KV head, each read once a pick
 _CHUNK_BYTES = 3 << 29  # of partial results;
 _LONG = 1 << 17  # half of it from so many queries on: there memory is scarce, and what it costs is small
@@ -165,8 +167,8 @@ def _of_slot(x, slot, SLOTS: tl.constexpr):
 def merge_kernel(
     part_o_ptr, part_lse_ptr, picks_ptr, begin_ptr, end_ptr, o_ptr, lse_ptr, first_head, first_query, queries,
     chunk_queries, all_queries, heads, blocks, count,
-    R: tl.constexpr, DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, BM: tl.constexpr, SLOTS: tl.constexpr,
-    ONTO: tl.constexpr,
+    R: tl.constexpr, DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, SLOTS: tl.constexpr, ONTO: tl.constexpr,
+    BM: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """A query's output from those over its blocks, in the order of its picks; ONTO: after what is in o and lse.
 
@@ -192,7 +194,7 @@ def merge_kernel(
         o1, o2 = load_two(o_ptr, row * DV, here, DV, DV1, DV2)
         o1 = o1.to(tl.float32) * weight[:, None]
         o2 = o2.to(tl.float32) * weight[:, None]
-    for slot in tl.range(count, loop_unroll_factor=8):
+    for slot in tl.range(count, loop_unroll_factor=UNROLL):
         weight = _of_slot(weights, slot, SLOTS)
         x1, x2 = load_two(part_o_ptr, (partial + slot * R) * DV, weight > 0, DV, DV1, DV2, True)
         o1 += x1.to(tl.float32) * weight[:, None]
@@ -296,15 +298,15 @@ def add_parts_kernel(
 def sum_dq_kernel(
     part_dq_ptr, picks_ptr, begin_ptr, end_ptr, dq_ptr, first_head, first_query, queries, chunk_queries, all_queries,
     heads, blocks, count,
-    R: tl.constexpr, DK: tl.constexpr, DK1: tl.constexpr, DK2: tl.constexpr, BM: tl.constexpr, SLOTS: tl.constexpr,
-    ADD: tl.constexpr,
+    R: tl.constexpr, DK: tl.constexpr, DK1: tl.constexpr, DK2: tl.constexpr, SLOTS: tl.constexpr, ADD: tl.constexpr,
+    BM: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     g, here, row, pick, partial = _slot_rows(
         first_head, first_query, queries, chunk_queries, all_queries, heads, count, R, BM
     )
     held = _held(picks_ptr, begin_ptr, end_ptr, pick, here, blocks, count, g, SLOTS).to(tl.float32)
     dq1, dq2 = zeros_two(BM, DK1, DK2)
-    for slot in tl.range(count, loop_unroll_factor=8):
+    for slot in tl.range(count, loop_unroll_factor=UNROLL):
         there = _of_slot(held, slot, SLOTS) > 0
         x1, x2 = load_two(part_dq_ptr, (partial + slot * R) * DK, there, DK, DK1, DK2, True)
         dq1 += x1.to(tl.float32)
@@ -414,9 +416,9 @@ def selected_forward(
     o, lse = onto or (q.new_empty(s, h, dv), q.new_empty(s, h, dtype=torch.float32))
     if s == 0 or index.longest == 0:  # no row: no grid either
         return onto or (o.zero_(), lse.fill_(-torch.inf))
-    sizes, meta, tile = _launch("block_forward", q, dk, dv, h // groups)
+    sizes, meta = _launch("block_forward", q, dk, dv, h // groups)
     r, blocks = h // groups, index.begin_GB.shape[1]
-    work = make_work(picks, index, *_chunk(q, r * dk, r * count * dv), _item_width(r, meta["BM"]))
+    work = make_work(picks, index, *_chunk(q, blocks, r * dk, r * count * dv), _item_width(r, meta["BM"]))
     part_o = q.new_empty(work.picks * r, dv)
     part_lse = q.new_empty(len(part_o), dtype=torch.float32)
     edges = index.begin_GB, index.end_GB
@@ -437,9 +439,9 @@ def selected_forward(
             block_forward_kernel[(work.items,)](
                 q, k, v, *where, part_o, part_lse, *which, k.stride(0), v.stride(0), scale,
                 ONCE=index.longest <= meta["BN"], WIDTH=work.width, **sizes, **meta)  # fmt: skip
-        merge_kernel[(triton.cdiv(chunk.queries * r, tile), chunk.heads)](
+        merge_kernel[(triton.cdiv(chunk.queries * r, _MERGE["BM"]), chunk.heads)](
             part_o, part_lse, picks, *edges, o, lse, chunk.first_head, chunk.first_query, chunk.queries, work.queries,
-            s, h, blocks, count, R=r, BM=tile, SLOTS=_slots(count), ONTO=onto is not None,
+            s, h, blocks, count, R=r, SLOTS=_slots(count), ONTO=onto is not None, **_MERGE,
             **pieces("V", dv))  # fmt: skip
     return o, lse
 
@@ -466,9 +468,9 @@ def selected_backward(
     d_k, d_v = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
     if s == 0 or index.longest == 0:
         return (dq.zero_() if dq_SHD is None else dq), d_k, d_v
-    sizes, meta, tile = _launch("block_backward", q, dk, dv, h // groups)
+    sizes, meta = _launch("block_backward", q, dk, dv, h // groups)
     r, blocks, longest = h // groups, index.begin_GB.shape[1], index.longest
-    work = make_work(picks, index, *_chunk(q, r * (dk + dv), r * count * dk), _item_width(r, meta["BM"]))
+    work = make_work(picks, index, *_chunk(q, blocks, r * (dk + dv), r * count * dk), _item_width(r, meta["BM"]))
     part_dq = q.new_empty(work.picks * r, dk)
     part_dk, part_dv = (d.new_empty(work.splits * longest, d.shape[1]) for d in (d_k, d_v))
     edges, starts = (index.begin_GB, index.end_GB), (work.item_start, work.split_start)
@@ -486,9 +488,9 @@ def selected_backward(
             add_parts_kernel[(chunk.heads * blocks, triton.cdiv(longest, 16))](
                 part, *edges, *starts, d, chunk.number, chunk.first_head, work.segments, blocks, longest,
                 D=d.shape[1], WIDTH=triton.next_power_of_2(d.shape[1]), BN=16)  # fmt: skip
-        sum_dq_kernel[(triton.cdiv(chunk.queries * r, tile), chunk.heads)](
+        sum_dq_kernel[(triton.cdiv(chunk.queries * r, _SUM["BM"]), chunk.heads)](
             part_dq, picks, *edges, dq, chunk.first_head, chunk.first_query, chunk.queries, work.queries, s, h,
-            blocks, count, R=r, BM=tile, SLOTS=_slots(count), ADD=dq_SHD is not None, **pieces("K", dk))  # fmt: skip
+            blocks, count, R=r, SLOTS=_slots(count), ADD=dq_SHD is not None, **_SUM, **pieces("K", dk))  # fmt: skip
     return dq, d_k, d_v
 
 
@@ -499,12 +501,12 @@ def _by_gluon(q: Tensor, k_ND: Tensor, v_ND: Tensor, r: int, longest: int) -> bo
     return sizes and q.data_ptr() % 16 == 0 and on_hopper(q, k_ND[:, None], v_ND[:, None])
 
 
-def _launch(kernel: str, q: Tensor, dk: int, dv: int, r: int) -> tuple[dict[str, int | str], dict[str, int], int]:
-    """Sizes that are compiled in, tile sizes, rows of a tile of the summing kernel."""
+def _launch(kernel: str, q: Tensor, dk: int, dv: int, r: int) -> tuple[dict[str, int | str], dict[str, int]]:
+    """Sizes that are compiled in, tile sizes."""
     meta = tuned(kernel, q, dk, dv)
     rp = triton.next_power_of_2(r)
     meta["BM"] = max(meta["BM"], rp)
-    return {"R": r, "RP": rp, "PREC": precision(q), **head_sizes(dk, dv)}, meta, 32
+    return {"R": r, "RP": rp, "PREC": precision(q), **head_sizes(dk, dv)}, meta
 
 
 def _slots(count: int) -> int:
@@ -517,12 +519,12 @@ def _item_width(r: int, bm: int) -> int:
     return max(_ITEM_ROWS // rp, bm // rp)
 
 
-def _chunk(q: Tensor, read: int, written: int) -> tuple[int, int]:
+def _chunk(q: Tensor, blocks: int, read: int, written: int) -> tuple[int, int]:
     """Queries and KV heads of a chunk, from the elements that a query's picks of one KV head read, each anew, and
-    those of its partial results: fewer than 2**31 of a chunk."""
+    those of its partial results: fewer than 2**31 of a chunk. Many blocks want many queries, lest few share one."""
     if target(q.device) == "interpreter":
         return 48, 2
     size = q.element_size()
     bound = _CHUNK_BYTES // (2 if len(q) >= _LONG else 1) // (written * size)
-    queries = max(1, min(_CACHED_BYTES // (read * size), bound, len(q)))
+    queries = max(1, min(max(_CACHED_BYTES // (read * size), 4 * blocks), bound, len(q)))
     return queries, max(1, bound // queries)
