@@ -207,6 +207,8 @@ class Side:
         self.near, self.sent = Part(pieces, self.mates, every), Part(pieces, np.arange(layout.ranks), mine)
         self.length = np.tile(pieces.end - pieces.start, groups)
         self.token = np.tile(pieces.start, groups)
+        found = np.unique(self.length)
+        self.even = int(found[0]) if len(found) == 1 else 0  # rows of a piece where all have as many: most often
         self.first_piece = np.flatnonzero(np.diff(pieces.block, prepend=-1))  # of each block
         # Pieces owner after owner: in this order they arrive.
         owner = np.tile(pieces.owner, groups)
@@ -225,6 +227,10 @@ class Side:
             sizes = sorted({len(there) for there in others})
             by_size = [np.stack([there for there in others if len(there) == size]) for size in sizes]
             self.others = [(there, Relays.of(mine, groups, there.shape[1])) for there in by_size]
+
+    def lengths(self, which: Ints) -> Ints:
+        """Of pieces."""
+        return np.full(len(which), self.even) if self.even else self.length[which]
 
 
 def block_plan(layout: Layout, pieces: Pieces, wanted: Wanted, rank: int, groups: int, nodes: Ints) -> BlockPlan:
@@ -245,7 +251,7 @@ def block_plan(layout: Layout, pieces: Pieces, wanted: Wanted, rank: int, groups
         received = _from_owners(side, direct, place)
         relay = _relay(side, near, relayed, np.flatnonzero(need & ~direct), chosen, int(received.sum()), place)
     own = np.flatnonzero(need)
-    lengths = side.length[own]
+    lengths = side.lengths(own)
     rows = need * (pieces.end - pieces.start)
     if len(side.first_piece) < len(pieces.block):  # some blocks are cut
         rows = np.add.reduceat(rows, side.first_piece, axis=1)
@@ -276,7 +282,7 @@ def _relay(
     onward[side.me] = False
     which = np.broadcast_to(at, onward.shape)[onward]
     sent, received = np.zeros(ranks, np.int64), np.zeros(ranks, np.int64)
-    lengths = side.length[which]
+    lengths = side.lengths(which)
     sent[mates] = onward.astype(np.float64) @ side.length[at]
     sender = chosen.reshape(-1)[second]
     end = _notes(place, second[np.argsort(sender, kind="stable")], side, arrived)
@@ -297,7 +303,7 @@ def _sends(side: Side, wanted: Wanted) -> tuple[Runs, Ints]:
 
 def _notes(place: Ints, which: Ints, side: Side, begin: int) -> Ints:
     """Notes in `place` where the pieces `which` begin, one after the other from row `begin` on; `_ends` of them."""
-    end = _ends(side.length[which])
+    end = np.arange(len(which) + 1) * side.even if side.even else _ends(side.length[which])
     place[which] = end[:-1] + begin
     return end
 

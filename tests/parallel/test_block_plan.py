@@ -18,9 +18,11 @@ SPEC = NSASpec(8, 4, 16, 4, 1, 2, 24)
 def cases(draw: st.DrawFn):  # type: ignore[no-untyped-def]
     """A layout of any cuts, documents, nodes, and what each rank's queries selected."""
     ranks, groups = draw(st.integers(1, 6)), draw(st.integers(1, 3))
-    lengths = draw(st.lists(st.integers(1, 120), min_size=1, max_size=3))
+    unit = draw(st.sampled_from([1, 1, SPEC.select_block]))  # whole blocks alone, or any cuts
+    lengths = draw(st.lists(st.integers(1, 120 // unit).map(lambda n: n * unit), min_size=1, max_size=3))
     packing = Packing(np.concatenate([[0], np.cumsum(lengths)]), SPEC)
-    cuts = sorted(draw(st.lists(st.integers(0, packing.tokens), max_size=8)))
+    whole = st.integers(0, packing.tokens // unit).map(lambda n: n * unit)
+    cuts = sorted(draw(st.lists(whole, max_size=8)))
     owner = draw(st.lists(st.integers(0, ranks - 1), min_size=len(cuts) + 1, max_size=len(cuts) + 1))
     layout = Layout(np.array([0, *cuts, packing.tokens]), np.array(owner), ranks)
     nodes = np.array(sorted(draw(st.lists(st.integers(0, 2), min_size=ranks, max_size=ranks))))
