@@ -42,8 +42,7 @@ from nsa_dist.kernels.tuning import (
 )
 
 _ITEM_ROWS = 2048  # queries times heads of a work item
-_MERGE = {"BM": 32, "UNROLL": 4, "num_warps": 4}
-_SUM = {"BM": 32, "UNROLL": 4, "num_warps": 4}
+_MERGE = {"BM": 16, "UNROLL": 4, "num_warps": 4}
 _CACHED_BYTES = 24 << 20  # of a chunk's rows of one KV head, each read once a pick
 _CHUNK_BYTES = 3 << 29  # of partial results;
 _LONG = 1 << 17  # half of it from so many queries on: there memory is scarce, and what it costs is small
@@ -488,9 +487,9 @@ def selected_backward(
             add_parts_kernel[(chunk.heads * blocks, triton.cdiv(longest, 16))](
                 part, *edges, *starts, d, chunk.number, chunk.first_head, work.segments, blocks, longest,
                 D=d.shape[1], WIDTH=triton.next_power_of_2(d.shape[1]), BN=16)  # fmt: skip
-        sum_dq_kernel[(triton.cdiv(chunk.queries * r, _SUM["BM"]), chunk.heads)](
+        sum_dq_kernel[(triton.cdiv(chunk.queries * r, _MERGE["BM"]), chunk.heads)](
             part_dq, picks, *edges, dq, chunk.first_head, chunk.first_query, chunk.queries, work.queries, s, h,
-            blocks, count, R=r, SLOTS=_slots(count), ADD=dq_SHD is not None, **_SUM, **pieces("K", dk))  # fmt: skip
+            blocks, count, R=r, SLOTS=_slots(count), ADD=dq_SHD is not None, **_MERGE, **pieces("K", dk))  # fmt: skip
     return dq, d_k, d_v
 
 

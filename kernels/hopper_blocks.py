@@ -24,7 +24,7 @@ from nsa_dist.kernels.tile_ops import LOG2E
 from nsa_dist.kernels.tuning import CHUNK
 
 _ROWS = 64  # rows of a tile, and keys of a block at most
-_STAGES = 1  # three programs a multiprocessor instead of two
+_STAGES = 2  # 1: three programs a multiprocessor instead of two, and 7% slower
 _REGISTERS = 96  # of a thread when a program starts (128: 4% slower)
 _PUBLIC = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))  # from Triton 3.9 on
 

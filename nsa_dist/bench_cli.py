@@ -8,6 +8,7 @@ from typing import Any
 from nsa_dist.console import Console
 from nsa_dist.errors import ConfigError
 
+_GPU_PARTS = ("results", "layer", "longest", "recovery", "recipe", "more")
 _KERNELS_EPILOG = """\
 examples:
   nsa-dist bench kernels                        8k and 64k tokens at the paper's shape, against full attention
@@ -90,6 +91,7 @@ def add_bench(whats: Any, form: Any) -> None:
     gpus.add_argument("--gpus", default="0", metavar="N", help="how many at most (all)")
     gpus.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda")
     gpus.add_argument("--minutes", default="9", metavar="M", help="time for all of it (9)")
+    gpus.add_argument("--parts", default="all", metavar="P,...", help="some of " + ", ".join(_GPU_PARTS) + " (all)")
     gpus.add_argument("--json", type=Path, metavar="FILE", help="writes a JSON line for each measurement")
     gpus.add_argument("--chart", type=Path, metavar="FILE.png", help="draws the times of a layer (needs matplotlib)")
 
@@ -186,7 +188,8 @@ def _gpus(args: argparse.Namespace, console: Console) -> None:
     device = choices("--device", args.device, ("auto", "cpu", "cuda"), 1)[0]
     most = 0 if args.gpus == "0" else numbers("--gpus", args.gpus, 1)[0]
     minutes = numbers("--minutes", args.minutes, 1)[0]
-    bench_gpus(device, most, minutes, args.json, args.chart, console.say)
+    parts = list(_GPU_PARTS) if args.parts == "all" else choices("--parts", args.parts, _GPU_PARTS)
+    bench_gpus(device, most, minutes, parts, args.json, args.chart, console.say)
 
 
 def _check_heads(heads: int, groups: int) -> None:

@@ -6,7 +6,7 @@ killed in a training run under torchrun). The most telling first; what time does
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -46,7 +46,7 @@ class Sizes:
     check_tokens: int
     check_dims: dict[str, tuple[int, int, int]]  # dtype: Dk, Dv, query heads to a KV head
     recipe: list[str]  # settings over configs/1b-64k-gpu.yaml
-    recipe_tokens: list[int]
+    recipe_tokens: int  # of the shortest; and so many for each rank
     training: list[str]  # settings of the run in which a rank is killed
 
 
@@ -56,7 +56,7 @@ GPU = Sizes(
     8192,
     {"bfloat16": (192, 128, 16), "float32": (64, 64, 16)},
     [],
-    [65536, 262144],
+    65536,
     ["data.seq_len=16384", "train.dtype=bfloat16"],
 )
 # The same on the CPU, so small that it only shows that the command works.
@@ -66,13 +66,15 @@ CPU = Sizes(
     1024,
     {"bfloat16": (24, 16, 2), "float32": (16, 16, 2)},
     ["model.layers=2", "model.width=64", "model.heads=4", "model.head_dim=16", "model.ffn=64"],
-    [1024],
+    1024,
     ["data.seq_len=1024", "model.layers=2"],
 )
 
 
-def bench_gpus(device: str, wanted: int, minutes: float, file: Path | None, chart: Path | None, say: Say) -> None:
-    """Measures on 1, 2, 4, 8 … up to `wanted` ranks (0: as many as there are GPUs).
+def bench_gpus(
+    device: str, wanted: int, minutes: float, parts: Sequence[str], file: Path | None, chart: Path | None, say: Say
+) -> None:
+    """Measures on 1, 2, 4, 8 … up to `wanted` ranks (0: as many as there are GPUs); parts: in this order.
 
     Raises ConfigError for more ranks than GPUs, or a file that can't be written. A rank that dies ends what was
     measured, in one line; the next goes on with new processes.
@@ -85,7 +87,7 @@ def bench_gpus(device: str, wanted: int, minutes: float, file: Path | None, char
     rows, sizes = Rows(file), GPU if placed == "cuda" else CPU
     bench = Bench(placed, rows, say, time.monotonic() + 60 * minutes)
     try:
-        _all(bench, sizes, counts)
+        _all(bench, sizes, counts, parts)
     finally:
         bench.close()
     say(f"{len(rows.rows)} rows" + (f" in {file}" if file else ""))
@@ -143,50 +145,70 @@ class Bench:
             self._pool = None
 
 
-def _all(bench: Bench, sizes: Sizes, counts: list[int]) -> None:
+def _all(bench: Bench, sizes: Sizes, counts: list[int], parts: Sequence[str]) -> None:
     most, others = counts[-1], counts[1:-1]
-    shape, first = sizes.shapes[0], sizes.lengths[0]
-    with bench.section("One device: what the others are held against", 0.2):
+    shape, (first, *longer) = sizes.shapes[0], sizes.lengths
+    longest = longer[-1]
+    wanted: dict[str, Any] = {}
+    with bench.section("One device: what the others are held against", 0.25):
         memory = (bench.call(1, "memory", device_bytes) or [0])[0]
-        wanted = {dtype: _model(bench, 1, sizes, dtype, "contiguous", "nsa") for dtype in BOUNDS}
-        for selection, tokens in (("trained", first), ("random", sizes.lengths[1])):
-            _layer(bench, _case("nsa", 1, selection, tokens, fitting(shape, tokens, 1, memory)))
-        longest = sizes.lengths[-1]
         small = fitting(shape, longest, 1, memory)
-        _layer(bench, _case("nsa", 1, "random", longest, small))
-    for ranks in [most] if most > 1 else []:
-        with bench.section(f"{ranks} ranks: results", 0.35):
-            _check(bench, ranks, sizes, wanted)
-        with bench.section(f"{ranks} ranks: a layer", 0.62):
-            for exchange in EXCHANGES:
-                _layer(bench, _case(exchange, ranks, "trained", first, shape))
-            _layer(bench, _case("nsa", ranks, "random", longest, small))
-            for tokens in sizes.lengths[1:]:
-                for exchange in EXCHANGES[:-1] if tokens > 262144 else EXCHANGES:
+        if "results" in parts:
+            wanted = {dtype: _model(bench, 1, sizes, dtype, "contiguous", "nsa") for dtype in BOUNDS}
+        if "layer" in parts:
+            for selection, tokens in (("trained", first), ("random", sizes.lengths[1])):
+                _layer(bench, _case("nsa", 1, selection, tokens, fitting(shape, tokens, 1, memory)))
+        if "longest" in parts:
+            _layer(bench, _case("nsa", 1, "random", longest, small))
+    ranks = most
+    share = 0.25
+    for part in parts if most > 1 else []:
+        share += 0.7 / len(parts)
+        if part == "results":
+            with bench.section(f"{ranks} ranks: results", share):
+                _check(bench, ranks, sizes, wanted)
+        if part == "layer":
+            with bench.section(f"{ranks} ranks: a layer", share):
+                for exchange in EXCHANGES:
+                    _layer(bench, _case(exchange, ranks, "trained", first, shape))
+                for tokens in longer[:-1]:
                     fits = fitting(shape, tokens, ranks, memory)
-                    _layer(bench, _case(exchange, ranks, "random", tokens, fits))
-        with bench.section(f"{ranks} ranks: a rank is killed", 0.8):
-            bench.close()
-            if not bench.late("recovery"):
-                _recovery(bench, ranks, sizes)
-        with bench.section(f"{ranks} ranks: the recipe", 0.9):
-            for tokens in sizes.recipe_tokens:
-                _recipe(bench, ranks, sizes, tokens)
-        with bench.section(f"{ranks} ranks: more of a layer", 0.95):
-            for layout, selection in (("contiguous", "trained"), ("zigzag", "random"), ("zigzag", "adversarial")):
-                for exchange in ("nsa", "allgather"):
-                    _layer(bench, replace(_case(exchange, ranks, selection, first, shape), layout=layout))
-            for other in sizes.shapes[1:]:
-                for exchange in ("nsa", "allgather"):
-                    fits = fitting(other, longest, ranks, memory)
-                    _layer(bench, _case(exchange, ranks, "random", longest, fits))
-            _layer(bench, _case("ring", ranks, "random", longest, fitting(shape, longest, ranks, memory)))
-    for ranks in reversed(others):
+                    for exchange in EXCHANGES[:-1]:  # the ring takes as long as all others together: see below
+                        _layer(bench, _case(exchange, ranks, "random", tokens, fits))
+        if part == "longest":
+            with bench.section(f"{ranks} ranks: a layer at {longest} tokens", share):
+                for exchange in EXCHANGES[:-1]:
+                    _layer(bench, _case(exchange, ranks, "random", longest, small))
+        if part == "recovery":
+            with bench.section(f"{ranks} ranks: a rank is killed", share):
+                bench.close()
+                if not bench.late("recovery"):
+                    _recovery(bench, ranks, sizes)
+        if part == "recipe":
+            with bench.section(f"{ranks} ranks: the recipe", share):
+                for tokens in (sizes.recipe_tokens, sizes.recipe_tokens * ranks):
+                    _recipe(bench, ranks, sizes, tokens)
+        if part == "more":
+            with bench.section(f"{ranks} ranks: more of a layer", share):
+                _more(bench, ranks, sizes, memory)
+    for ranks in reversed(others if "more" in parts else []):
         with bench.section(f"{ranks} ranks", 1.0):
             _layer(bench, _case("nsa", ranks, "random", longest, small))
             _check(bench, ranks, sizes, wanted)
             for exchange in EXCHANGES:
                 _layer(bench, _case(exchange, ranks, "trained", first, shape))
+
+
+def _more(bench: Bench, ranks: int, sizes: Sizes, memory: int) -> None:
+    shape, first, longest = sizes.shapes[0], sizes.lengths[0], sizes.lengths[-1]
+    for layout, selection in (("contiguous", "trained"), ("zigzag", "random"), ("zigzag", "adversarial")):
+        for exchange in ("nsa", "allgather"):
+            _layer(bench, replace(_case(exchange, ranks, selection, first, shape), layout=layout))
+    for other in [fitting(s, longest, ranks, memory) for s in sizes.shapes]:  # all heads that several ranks hold
+        for exchange in ("nsa", "allgather"):
+            _layer(bench, _case(exchange, ranks, "random", longest, other))
+    for tokens in sizes.lengths[1:]:
+        _layer(bench, _case("ring", ranks, "random", tokens, fitting(shape, tokens, ranks, memory)))
 
 
 def _case(exchange: str, ranks: int, selection: str, tokens: int, shape: Shape) -> Case:
