@@ -138,7 +138,7 @@ class _Run:
         if report["kind"] == "busy" and report["what"] == "first step":
             self._start = report["step"]
         elif report["kind"] == "beat":
-            if self._again and report["step"] > self._start:
+            if self._again and not self._change and report["step"] > self._start:
                 self._recovered()
             if slow := self._stragglers.beat(rank, report["waited_s"]):
                 self._tell_straggler(report["step"], *slow)

@@ -213,6 +213,23 @@ def test_a_node_that_fails_again_and_again_is_left_out_where_the_others_suffice(
     assert after(good, "killed", 0) == both  # a day later
 
 
+def test_ranks_that_are_still_to_end_have_not_recovered(recipe: Path, tmp_path: Path) -> None:
+    from nsa_dist.launch.recover import _Run
+    from nsa_dist.launch.straggler import Stragglers
+
+    config, _ = configure(recipe, tmp_path)
+    run = _Run(config, Resume((), True), Console(), "cpu", lambda: False, training.train)
+    run._stragglers = Stragglers(1)
+    run._ask_to_end("2 places instead of 1")
+    run._report(0, {"kind": "beat", "step": 13, "waited_s": 0.0})  # of the step that was under way
+    run._change = ""  # started again
+    run._report(0, {"kind": "busy", "what": "first step", "step": 13})
+    assert not (tmp_path / "events.jsonl").exists()
+    run._report(0, {"kind": "beat", "step": 14, "waited_s": 0.0})
+    (recovery,) = events(tmp_path, "recovery")
+    assert (recovery["from_step"], recovery["steps_lost"]) == (13, 0)
+
+
 def test_an_outage_of_the_store_is_a_failure_among_others(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
