@@ -145,6 +145,10 @@ class Bench:
             self._pool = None
 
 
+# A part's share of the time: results compile many small kernels, a killed rank takes two starts.
+_WEIGHTS = {"results": 2.0, "layer": 2.0, "longest": 1.0, "recovery": 2.5, "recipe": 1.0, "more": 1.0}
+
+
 def _all(bench: Bench, sizes: Sizes, counts: list[int], parts: Sequence[str]) -> None:
     most, others = counts[-1], counts[1:-1]
     shape, (first, *longer) = sizes.shapes[0], sizes.lengths
@@ -163,7 +167,7 @@ def _all(bench: Bench, sizes: Sizes, counts: list[int], parts: Sequence[str]) ->
     ranks = most
     share = 0.25
     for part in parts if most > 1 else []:
-        share += 0.7 / len(parts)
+        share += 0.7 * _WEIGHTS[part] / sum(_WEIGHTS[p] for p in parts)
         if part == "results":
             with bench.section(f"{ranks} ranks: results", share):
                 _check(bench, ranks, sizes, wanted)
