@@ -42,6 +42,7 @@ from nsa_dist.kernels.tuning import (
 )
 
 _ITEM_ROWS = 2048  # queries times heads of a work item
+# Of the kernels that put a query's partial results together, output and dq.
 _MERGE = {"BM": 16, "UNROLL": 4, "num_warps": 4}
 _CACHED_BYTES = 24 << 20  # of a chunk's rows of one KV head, each read once a pick
 _CHUNK_BYTES = 3 << 29  # of partial results;

@@ -164,37 +164,31 @@ def _all(bench: Bench, sizes: Sizes, counts: list[int], parts: Sequence[str]) ->
                 _layer(bench, _case("nsa", 1, selection, tokens, fitting(shape, tokens, 1, memory)))
         if "longest" in parts:
             _layer(bench, _case("nsa", 1, "random", longest, small))
-    ranks = most
     share = 0.25
     for part in parts if most > 1 else []:
         share += 0.7 * _WEIGHTS[part] / sum(_WEIGHTS[p] for p in parts)
-        if part == "results":
-            with bench.section(f"{ranks} ranks: results", share):
-                _check(bench, ranks, sizes, wanted)
-        if part == "layer":
-            with bench.section(f"{ranks} ranks: a layer", share):
+        with bench.section(f"{most} ranks: {part}", share):
+            if part == "results":
+                _check(bench, most, sizes, wanted)
+            elif part == "layer":
                 for exchange in EXCHANGES:
-                    _layer(bench, _case(exchange, ranks, "trained", first, shape))
+                    _layer(bench, _case(exchange, most, "trained", first, shape))
                 for tokens in longer[:-1]:
-                    fits = fitting(shape, tokens, ranks, memory)
-                    for exchange in EXCHANGES[:-1]:  # the ring takes as long as all others together: see below
-                        _layer(bench, _case(exchange, ranks, "random", tokens, fits))
-        if part == "longest":
-            with bench.section(f"{ranks} ranks: a layer at {longest} tokens", share):
+                    fits = fitting(shape, tokens, most, memory)
+                    for exchange in EXCHANGES[:-1]:  # the ring, which takes as long as all others, is in `more`
+                        _layer(bench, _case(exchange, most, "random", tokens, fits))
+            elif part == "longest":
                 for exchange in EXCHANGES[:-1]:
-                    _layer(bench, _case(exchange, ranks, "random", longest, small))
-        if part == "recovery":
-            with bench.section(f"{ranks} ranks: a rank is killed", share):
+                    _layer(bench, _case(exchange, most, "random", longest, small))
+            elif part == "recovery":
                 bench.close()
                 if not bench.late("recovery"):
-                    _recovery(bench, ranks, sizes)
-        if part == "recipe":
-            with bench.section(f"{ranks} ranks: the recipe", share):
-                for tokens in (sizes.recipe_tokens, sizes.recipe_tokens * ranks):
-                    _recipe(bench, ranks, sizes, tokens)
-        if part == "more":
-            with bench.section(f"{ranks} ranks: more of a layer", share):
-                _more(bench, ranks, sizes, memory)
+                    _recovery(bench, most, sizes)
+            elif part == "recipe":
+                for tokens in (sizes.recipe_tokens, sizes.recipe_tokens * most):
+                    _recipe(bench, most, sizes, tokens)
+            else:
+                _more(bench, most, sizes, memory)
     for ranks in reversed(others if "more" in parts else []):
         with bench.section(f"{ranks} ranks", 1.0):
             _layer(bench, _case("nsa", ranks, "random", longest, small))

@@ -71,11 +71,11 @@ class NSAExchange(Operation):
         bits = arriving.wait()
         rounds, fetched = self._rounds(bits, k_slc, v_slc), q.new_empty(0)
         with beside:
-            sent = [fetch.start(both, "selected", "forward") for fetch in rounds[:1]]
+            sent = rounds[0].start(both, "selected", "forward") if rounds else None
         found = found or local.selected_forward(q, *rows, *of_own)
         for fetch in rounds:
-            sent = sent or [fetch.start(both, "selected", "forward")]
-            fetched = sent.pop().wait()
+            sent = sent or fetch.start(both, "selected", "forward")
+            fetched, sent = sent.wait(), None
             buffer = fetch.rows(fetched, k_slc.shape[2])
             found = local.selected_forward(q, *buffer, picks, seq.token_S, fetch.index, scale, found)
         (o_slc, lse_slc), kept = found, fetched if len(rounds) == 1 else q.new_empty(0)
