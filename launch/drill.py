@@ -13,9 +13,10 @@ from typing import Any
 
 from nsa_dist.config import Config, ConfigError, check_config
 from nsa_dist.launch.cluster import Cluster, add_node, has_store, kill_node, restart_head, start_cluster, stop_cluster
-from nsa_dist.launch.drill_run import DrillError, DrillRun
+from nsa_dist.launch.drill_run import DrillRun
 from nsa_dist.launch.package import absolute
 from nsa_dist.rundir import event
+from nsa_dist.started import DrillError
 
 STEPS, EVERY, STRIKE = 30, 5, 12  # steps of a run, from one checkpoint to the next, and after which it is struck
 LONG = 8 * STEPS  # of the runs in which it takes long until something is seen

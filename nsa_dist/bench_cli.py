@@ -28,7 +28,8 @@ examples:
   nsa-dist bench comm --simulate --tokens 1048576 --ranks 16 --selection random --span 65536 --span-blocks 0.05"""
 _GPUS = """\
 All that several GPUs of one machine can show, in one command and a bounded time: results against one GPU, a layer
-under every exchange, a recipe's step, a rank killed in the middle of a run. Needs no Ray."""
+under every exchange, a recipe's step, a rank killed in the middle of a run (under Ray, where it is
+installed, and under torchrun)."""
 _GPUS_EPILOG = """\
 examples:
   nsa-dist bench gpus --json gpus.jsonl --chart gpus.png

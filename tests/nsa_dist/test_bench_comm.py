@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from nsa_dist.bench_comm import EXCHANGES, Case, bench_comm
+from nsa_dist.bench_gpus import bench_gpus
+from nsa_dist.bench_rows import Row
 from nsa_dist.cli import main
 from nsa_dist.device_trace import communication
 from nsa_dist.kernels import NSASpec
@@ -20,7 +22,7 @@ from nsa_dist.parallel.traffic import TrafficModel
 from nsa_dist.picks import SELECTIONS, open_trace, prescribed
 from nsa_dist.process import RunFailed
 from nsa_dist.ranks import Ranks
-from nsa_dist.recovery import STEPS, recovery
+from nsa_dist.recovery import RAY, STEPS, TORCHRUN, recovery
 from nsa_dist.traces import NEEDS_64K
 
 SPEC = NSASpec()
@@ -165,15 +167,28 @@ def test_a_profile_gives_bytes_and_what_was_hidden() -> None:
     assert found.calls == 2
 
 
-def test_a_killed_rank_is_replaced_by_torchrun_and_the_run_goes_on(tmp_path: Path) -> None:
-    words = [
-        "data.seq_len=512",
-        "model.layers=1",
-        "model.width=32",
-        "model.ffn=64",
-        "model.heads=2",
-        "launch.timeout_s=60",
-    ]
-    row = recovery(2, "cpu", [*words, f"data.cache_dir={tmp_path}"], limit_s=400)
-    assert row["fine"] and row["steps"] == STEPS
+@pytest.mark.parametrize("launcher", [RAY, TORCHRUN])
+def test_a_killed_rank_is_replaced_and_the_run_goes_on(launcher: str, tmp_path: Path) -> None:
+    words = ["data.seq_len=512", "model.layers=1", "model.width=32", "model.ffn=64", "model.heads=2"]
+    words += ["launch.timeout_s=60", f"data.cache_dir={tmp_path}"]
+    row = recovery(launcher, 2, "cpu", words, limit_s=400)
+    assert row["fine"] and (row["launcher"], row["steps"]) == (launcher, STEPS)
     assert row["resumed_from_step"] < row["killed_after_step"]
+
+
+def test_a_launcher_under_which_the_run_is_not_done_in_time_costs_the_other_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def struck(launcher: str, ranks: int, device: str, words: list[str], limit_s: float) -> Row:
+        if launcher == RAY:
+            return recovery(launcher, ranks, device, words, limit_s=0.5)
+        return {"part": "recovery", "ranks": ranks, "launcher": launcher, "killed_rank": 1, "killed_after_step": 15,
+                "resumed_from_step": 10, "recovery_s": 1.0, "steps": 40, "fine": True}  # fmt: skip
+
+    monkeypatch.setattr("nsa_dist.bench_gpus.recovery", struck)
+    file, said = tmp_path / "rows.jsonl", list[str]()
+    bench_gpus("cpu", 2, 3, ["recovery"], file, None, said.append)
+    failed, fine = [json.loads(line) for line in file.read_text().splitlines()]
+    assert (failed["part"], fine["launcher"]) == ("failure", TORCHRUN)
+    assert "no time is left before step 15" in failed["cause"]
+    assert any("recovery under ray" in line for line in said)
