@@ -19,8 +19,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from nsa_dist.config import ConfigError
-from nsa_dist.launch.processes import kill_tree
 from nsa_dist.launch.settings import OBJECT_STORE_BYTES, RAY_SETTINGS
+from nsa_dist.processes import kill_tree
 
 
 @dataclass

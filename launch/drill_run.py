@@ -11,7 +11,7 @@ from nsa_dist.checkpoint import checkpoints
 from nsa_dist.config import Config
 from nsa_dist.launch.cluster import Cluster
 from nsa_dist.launch.package import JOB, versions
-from nsa_dist.launch.processes import children, kill_tree
+from nsa_dist.processes import children, kill_tree
 from nsa_dist.started import DrillError, StartedRun
 
 

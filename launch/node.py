@@ -17,7 +17,7 @@ from ray._private.node import Node
 from ray._private.parameter import RayParams
 from ray._private.utils import write_ray_address
 
-from nsa_dist.launch.processes import kill_tree
+from nsa_dist.processes import kill_tree
 
 
 def main(options: dict[str, Any]) -> None:

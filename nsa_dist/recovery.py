@@ -9,8 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from nsa_dist.bench_rows import Row
-from nsa_dist.launch.processes import children, kill_tree
 from nsa_dist.process import RunFailed
+from nsa_dist.processes import children, kill_tree
 from nsa_dist.started import DrillError, StartedRun
 
 STEPS, EVERY = 40, 10  # steps of the run, and from one checkpoint to the next

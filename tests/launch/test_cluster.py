@@ -13,7 +13,7 @@ import pytest
 import requests
 
 from nsa_dist.launch.cluster import Cluster, add_node, kill_node, running_cluster
-from nsa_dist.launch.processes import tree
+from nsa_dist.processes import tree
 
 LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F"}  # 127.0.0.1 as the kernel writes it, IPv4 and IPv6
 

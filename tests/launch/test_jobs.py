@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from nsa_dist.launch.processes import kill_tree
 from nsa_dist.metrics import read_metrics
+from nsa_dist.processes import kill_tree
 from tests.launch.test_recover import configure, events, recipe, undisturbed
 
 __all__ = ["recipe"]  # a fixture
