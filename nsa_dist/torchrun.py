@@ -2,10 +2,14 @@
 
 import os
 import pickle
+import signal
+import socket
+import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +21,7 @@ from nsa_dist.auto import choose_sizes
 from nsa_dist.config import Config, ConfigError
 from nsa_dist.console import Console
 from nsa_dist.process import RunFailed, choose_device, describe, is_bad_input, is_collective_error, process_group
+from nsa_dist.processes import children
 from nsa_dist.rundir import Resume, event
 from nsa_dist.session import session
 from nsa_dist.stop import stop_on_signal
@@ -25,6 +30,7 @@ _OPENING = "nsa_dist/opening"  # what rank 0 decided: a Resume, or None after an
 _FAILURES = "nsa_dist/failures"  # how many ranks have failed
 _OPENING_TIME = timedelta(days=7)  # preparing a large corpus; torchrun ends the others if rank 0 dies
 _CAUSE_S = 5.0  # a rank that lost its connections gives the culprit so long to speak first
+_DEAD_S = 2.0  # a main thread that isn't blocked has left the run by then
 
 
 def torchrun_store() -> dist.Store:
@@ -61,7 +67,7 @@ def train_torchrun(config: Config, console: Console) -> None:
 
             group = process_group(store, rank, world_size, device, local_rank, config.launch.timeout_s)
             # torchrun passes a signal on that its processes have had already: the second is no insistence.
-            with stop_on_signal(insist=False) as stop, group:
+            with stop_on_signal(insist=False) as stop, _no_wait_for_the_dead(local, Path(config.run.dir)), group:
                 train(placed, resume, lambda event: console.report(event) or stop())
         except Exception as error:
             raise _failure(error, store, rank, Path(config.run.dir)) from error
@@ -88,6 +94,42 @@ def _opened(
     finally:
         if not told:
             store.set(_OPENING, pickle.dumps(None).hex())
+
+
+@contextmanager
+def _no_wait_for_the_dead(ranks: int, run_dir: Path) -> Iterator[None]:
+    """On a SIGTERM, where one of this machine's `ranks` is dead, ends this process: its step can't end.
+
+    So torchrun ends what a dead rank leaves, to start all again. A rank that waits in NCCL for the dead one runs no
+    handler, and would be killed after 30 s only. A SIGTERM while all ranks live asks for a stop, as ever.
+    """
+    agent = os.getppid()
+    if len(children(agent)) != ranks:  # torchrun isn't the parent, or this is no Linux
+        yield
+        return
+    over = threading.Event()
+    signals, wake = socket.socketpair()
+    wake.setblocking(False)
+
+    def watch() -> None:
+        while number := signals.recv(1):
+            living = children(agent)
+            if number[0] == signal.SIGTERM and len(living) < ranks and not over.wait(_DEAD_S):
+                if living[0] == os.getpid():  # one of them tells
+                    cause = "a rank of this machine has died; the others end without their step"
+                    print(f"nsa-dist: error: {cause}", file=sys.stderr, flush=True)
+                    with suppress(OSError):
+                        event(run_dir, "failure", rank=None, cause=cause)
+                os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    before = signal.set_wakeup_fd(wake.fileno())  # the C handler writes there, whatever the main thread does
+    try:
+        yield
+    finally:
+        over.set()
+        signal.set_wakeup_fd(before)
+        wake.close()
 
 
 def _failure(error: Exception, store: dist.Store, rank: int, run_dir: Path) -> BaseException:
