@@ -476,14 +476,25 @@ def selected_backward(
     edges, starts = (index.begin_GB, index.end_GB), (work.item_start, work.split_start)
     count_launch("block_backward")
     once = longest <= meta["BN"]
+    by_gluon = do.data_ptr() % 16 == 0 and _by_gluon(q, k, v, r, longest)
+    if by_gluon:
+        from nsa_dist.kernels import hopper_block_grads
+
+        descriptors, constants = hopper_block_grads.arguments(q, do, k, v, part_dq, r)
     for chunk in work.chunks:
-        if not once:
-            part_dq.zero_()
-        block_backward_kernel[(work.items,)](
-            do, q, k, v, *rows, token_S, index.token_N, *edges, work.order,
-            work.start, *starts, work.segment, part_dq, part_dk, part_dv, d_k, d_v, chunk.number, chunk.first_head,
-            chunk.first_query, work.segments, blocks, work.queries, s, count, h, longest, k.stride(0), v.stride(0),
-            scale, ONCE=once, WIDTH=work.width, **sizes, **meta)  # fmt: skip
+        where = (*rows, token_S, index.token_N, *edges, work.order, work.start, *starts, work.segment)
+        grads = part_dk, part_dv, d_k, d_v
+        which = chunk.number, chunk.first_head, chunk.first_query, work.segments, blocks, work.queries, s, count, h
+        if by_gluon:
+            hopper_block_grads.block_backward_kernel[(work.items,)](
+                *descriptors, *where, *grads, *which, longest, scale,
+                WIDTH=work.width, num_warps=8, **constants)  # fmt: skip
+        else:
+            if not once:
+                part_dq.zero_()
+            block_backward_kernel[(work.items,)](
+                do, q, k, v, *where, part_dq, *grads, *which, longest, k.stride(0), v.stride(0), scale,
+                ONCE=once, WIDTH=work.width, **sizes, **meta)  # fmt: skip
         for part, d in ((part_dk, d_k), (part_dv, d_v)):
             add_parts_kernel[(chunk.heads * blocks, triton.cdiv(longest, 16))](
                 part, *edges, *starts, d, chunk.number, chunk.first_head, work.segments, blocks, longest,

@@ -29,6 +29,17 @@ from nsa_dist.kernels.tuning import count_launch, head_sizes, pieces, tuned
 # Their names in Triton 3.9, and before.
 _copy_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+_PUBLIC = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+
+
+@gluon.jit
+def as_tiles(x, TILES: gl.constexpr, ROWS: gl.constexpr, WIDTH: gl.constexpr):
+    """The same shared memory as tiles [TILES, ROWS, WIDTH]."""
+    if _PUBLIC:
+        tiles = x.reinterpret(x.dtype, [TILES, ROWS, WIDTH], x.layout)
+    else:
+        tiles = x._reinterpret(x.dtype, [TILES, ROWS, WIDTH], x.layout)
+    return tiles
 
 
 @gluon.jit

@@ -19,14 +19,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from nsa_dist.kernels.hopper import _copy_tile
+from nsa_dist.kernels.hopper import _copy_tile, as_tiles
 from nsa_dist.kernels.tile_ops import LOG2E
 from nsa_dist.kernels.tuning import CHUNK
 
 _ROWS = 64  # rows of a tile, and keys of a block at most
 _STAGES = 2  # 1: three programs a multiprocessor instead of two, and 7% slower
 _REGISTERS = 96  # of a thread when a program starts (128: 4% slower)
-_PUBLIC = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))  # from Triton 3.9 on
 
 
 @gluon.jit
@@ -40,10 +39,7 @@ def _feed(
     for piece in gl.static_range(PIECES):
         _copy_tile(k_desc, [begin, piece * 64], kv_full, k.index(piece))
     _copy_tile(v_desc, [begin, 0], kv_full, v)
-    if _PUBLIC:
-        rows = q.reinterpret(q.dtype, [STAGES * PIECES * PICKS, R, 64], q_desc.layout)
-    else:
-        rows = q._reinterpret(q.dtype, [STAGES * PIECES * PICKS, R, 64], q_desc.layout)
+    rows = as_tiles(q, STAGES * PIECES * PICKS, R, 64)
     tiles = (stop - first + PICKS - 1) // PICKS
     for j in range(tiles):
         slot = j % STAGES
@@ -160,11 +156,11 @@ def block_forward_kernel(
 def arguments(q: Tensor, k: Tensor, v: Tensor, r: int) -> tuple[list[Any], dict[str, int]]:
     """Descriptors, and what is compiled in beside the work items' width."""
     flat = q.view(-1, q.shape[-1])
-    made = [_descriptor(flat, r, 64), _descriptor(k, _ROWS, 64), _descriptor(v, _ROWS, v.shape[1])]
+    made = [descriptor(flat, r, 64), descriptor(k, _ROWS, 64), descriptor(v, _ROWS, v.shape[1])]
     return made, {"R": r, "PIECES": k.shape[1] // 64, "DV": v.shape[1], "STAGES": _STAGES, "maxnreg": _REGISTERS}
 
 
-def _descriptor(x_ND: Tensor, rows: int, width: int) -> TensorDescriptor:
+def descriptor(x_ND: Tensor, rows: int, width: int) -> TensorDescriptor:
     dtype = gl.bfloat16 if x_ND.dtype == torch.bfloat16 else gl.float16
     layout: Any = gl.NVMMASharedLayout.get_default_for([rows, width], dtype)
     return TensorDescriptor(x_ND, list(x_ND.shape), list(x_ND.stride()), [rows, width], layout)
