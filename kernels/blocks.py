@@ -470,16 +470,18 @@ def selected_backward(
         return (dq.zero_() if dq_SHD is None else dq), d_k, d_v
     sizes, meta = _launch("block_backward", q, dk, dv, h // groups)
     r, blocks, longest = h // groups, index.begin_GB.shape[1], index.longest
-    work = make_work(picks, index, *_chunk(q, blocks, r * (dk + dv), r * count * dk), _item_width(r, meta["BM"]))
+    width, by_gluon = _item_width(r, meta["BM"]), do.data_ptr() % 16 == 0 and _by_gluon(q, k, v, r, longest)
+    if by_gluon:
+        from nsa_dist.kernels import hopper_block_grads
+
+        width = hopper_block_grads.ITEM_ROWS // r
+    work = make_work(picks, index, *_chunk(q, blocks, r * (dk + dv), r * count * dk), width)
     part_dq = q.new_empty(work.picks * r, dk)
     part_dk, part_dv = (d.new_empty(work.splits * longest, d.shape[1]) for d in (d_k, d_v))
     edges, starts = (index.begin_GB, index.end_GB), (work.item_start, work.split_start)
     count_launch("block_backward")
     once = longest <= meta["BN"]
-    by_gluon = do.data_ptr() % 16 == 0 and _by_gluon(q, k, v, r, longest)
     if by_gluon:
-        from nsa_dist.kernels import hopper_block_grads
-
         descriptors, constants = hopper_block_grads.arguments(q, do, k, v, part_dq, r)
     for chunk in work.chunks:
         where = (*rows, token_S, index.token_N, *edges, work.order, work.start, *starts, work.segment)
