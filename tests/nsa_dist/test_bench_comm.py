@@ -186,6 +186,7 @@ def test_a_launcher_under_which_the_run_is_not_done_in_time_costs_the_other_noth
                 "resumed_from_step": 10, "recovery_s": 1.0, "steps": 40, "fine": True}  # fmt: skip
 
     monkeypatch.setattr("nsa_dist.bench_gpus.recovery", struck)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # the failed run's log stays
     file, said = tmp_path / "rows.jsonl", list[str]()
     bench_gpus("cpu", 2, 3, ["recovery"], file, None, said.append)
     failed, fine = [json.loads(line) for line in file.read_text().splitlines()]
