@@ -102,7 +102,8 @@ def choose_kernel(
             key = tl.where((j < initial) | (j > own - local), 2147483647, key)
             key = tl.where(j <= own, key, -1)
             # The highest number that `count` keys reach, bit by bit, until exactly so many do.
-            lowest, bit, many = 0, 30, 0
+            # A query with no more blocks than that takes them all.
+            lowest, bit, many = 0, tl.where(own < count, -1, 30), 0
             while (bit >= 0) & (many != count):
                 higher = lowest + (1 << bit)
                 reach = tl.sum((key >= higher).to(tl.int32)) + tl.sum((kept >= higher).to(tl.int32))

@@ -14,14 +14,14 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available() and not tuning.int
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize(
-    ("cu", "heads", "groups", "dk", "spec"),
+    ("cu", "heads", "groups", "dk", "spec", "ties"),
     [
-        ([0, 60, 63, 110], 6, 2, 24, NSASpec(8, 4, 8, 6, 1, 2, 24)),
-        ([0, 90], 4, 4, 16, NSASpec(4, 4, 4, 5, 2, 1, 24)),
-        ([0, 5, 90], 3, 1, 16, NSASpec(12, 4, 4, 3, 0, 1, 24)),
-        ([0, 156], 16, 1, 48, NSASpec(16, 4, 8, 16, 1, 2, 24)),
+        ([0, 60, 63, 110], 6, 2, 24, NSASpec(8, 4, 8, 6, 1, 2, 24), True),
+        ([0, 60, 63, 110], 6, 2, 24, NSASpec(8, 4, 8, 6, 1, 2, 24), False),
+        ([0, 90], 4, 4, 16, NSASpec(4, 4, 4, 5, 2, 1, 24), True),
+        ([0, 5, 90], 3, 1, 16, NSASpec(12, 4, 4, 3, 0, 1, 24), True),
+        ([0, 156], 16, 1, 48, NSASpec(16, 4, 8, 16, 1, 2, 24), True),
     ],
 )
 def test_selects_the_same_blocks(cu: list[int], heads: int, groups: int, dk: int, spec: NSASpec, ties: bool) -> None:
