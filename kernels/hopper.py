@@ -33,12 +33,12 @@ _PUBLIC = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 
 @gluon.jit
-def as_tiles(x, TILES: gl.constexpr, ROWS: gl.constexpr, WIDTH: gl.constexpr):
-    """The same shared memory as tiles [TILES, ROWS, WIDTH]."""
+def as_tiles(x, TILES: gl.constexpr, ROWS: gl.constexpr, WIDTH: gl.constexpr, like):
+    """The same shared memory as tiles [TILES, ROWS, WIDTH], laid out as those of `like`."""
     if _PUBLIC:
-        tiles = x.reinterpret(x.dtype, [TILES, ROWS, WIDTH], x.layout)
+        tiles = x.reinterpret(x.dtype, [TILES, ROWS, WIDTH], like.layout)
     else:
-        tiles = x._reinterpret(x.dtype, [TILES, ROWS, WIDTH], x.layout)
+        tiles = x._reinterpret(x.dtype, [TILES, ROWS, WIDTH], like.layout)
     return tiles
 
 

@@ -47,8 +47,8 @@ def _feed(
     of the tile that had the place before."""
     PICKS: gl.constexpr = 64 // R
     VP: gl.constexpr = DV // 64
-    q_rows = as_tiles(q, STAGES * KP * PICKS, R, 64)
-    do_rows = as_tiles(do, STAGES * VP * PICKS, R, 64)
+    q_rows = as_tiles(q, STAGES * KP * PICKS, R, 64, q)
+    do_rows = as_tiles(do, STAGES * VP * PICKS, R, 64, do)
     mbarrier.expect(kv_full, 64 * (64 * KP + DV) * 2)
     for piece in gl.static_range(KP):
         _copy_tile(k_desc, [begin, piece * 64], kv_full, k.index(piece))
@@ -132,8 +132,8 @@ def _differentiate(
     wide_v: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, DV // 2, 16])
     rows: gl.constexpr = gl.SliceLayout(1, scores)
     dtype: gl.constexpr = q.dtype
-    q1, q2 = as_tiles(q, STAGES * KP // P1, 64, DK1), as_tiles(q, STAGES * KP, 64, 64)
-    k1, k2 = as_tiles(k, KP // P1, 64, DK1).index(0), k.index(KP - 1)
+    q1, q2 = as_tiles(q, STAGES * KP // P1, 64, DK1, q), as_tiles(q, STAGES * KP, 64, 64, q)
+    k1, k2 = as_tiles(k, KP // P1, 64, DK1, k).index(0), k.index(KP - 1)
     n = begin + gl.arange(0, 64, gl.SliceLayout(0, scores))
     token_N = gl.load(token_k_ptr + n, mask=n < end, other=2147483647).to(gl.int32)
     dk1 = gl.zeros([64, DK1], gl.float32, wide)

@@ -39,7 +39,7 @@ def _feed(
     for piece in gl.static_range(PIECES):
         _copy_tile(k_desc, [begin, piece * 64], kv_full, k.index(piece))
     _copy_tile(v_desc, [begin, 0], kv_full, v)
-    rows = as_tiles(q, STAGES * PIECES * PICKS, R, 64)
+    rows = as_tiles(q, STAGES * PIECES * PICKS, R, 64, q)
     tiles = (stop - first + PICKS - 1) // PICKS
     for j in range(tiles):
         slot = j % STAGES

@@ -222,15 +222,27 @@ def range_backward(
         range_dq_kernel[(triton.cdiv(s * (h // groups), meta["BM"]), groups)](
             do, q, k, v, *rows, ranges.lo_S, ranges.hi_S, dq, s, h, *shared,
             ADD=add, **sizes, **meta)  # fmt: skip
-    if keys and s:
+    if not keys or not s:
+        return dq, d_k.new_zeros(d_k.shape[1:]), d_v.new_zeros(d_v.shape[1:])
+    if on_hopper(q, k, v) and _dkv_by_gluon(q, do, k, v):
+        from nsa_dist.kernels import hopper_range_grads
+
+        hopper_range_grads.range_dkv(q, do, k, v, rows, ranges, scale, d_k, d_v, split_queries)
+    else:
         meta = tuned("range_dkv", q, dk, dv)
         count_launch("range_dkv")
         range_dkv_kernel[(triton.cdiv(keys, meta["BN"]), groups, splits)](
             do, q, k, v, *rows, ranges.lo_S, ranges.hi_S, *ranges.seen_by(keys), d_k, d_v,
             keys, groups, h, split_queries, *shared, NARROW=narrow,
             **sizes, **meta)  # fmt: skip
-        return (dq, d_k[0], d_v[0]) if splits == 1 else (dq, d_k.sum(0), d_v.sum(0))
-    return dq, d_k.new_zeros(d_k.shape[1:]), d_v.new_zeros(d_v.shape[1:])
+    return (dq, d_k[0], d_v[0]) if splits == 1 else (dq, d_k.sum(0), d_v.sum(0))
+
+
+def _dkv_by_gluon(q: Tensor, do: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Where `on_hopper`: a power of two of heads, head sizes that the registers hold."""
+    r = q.shape[1] // k.shape[1]
+    aligned = q.data_ptr() % 16 == 0 and do.data_ptr() % 16 == 0
+    return aligned and r in (1, 2, 4, 8, 16, 32, 64) and k.shape[2] <= 192 and v.shape[2] in (64, 128)
 
 
 def _splits(queries: int, keys: int, groups: int, narrow: bool) -> tuple[int, int]:
