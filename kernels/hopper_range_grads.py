@@ -209,9 +209,9 @@ def range_dkv(
     sizes, rows_of_tile = head_sizes(dk, dv), _tile_rows(dk)
     count_launch("range_dkv")
     range_dkv_kernel[(triton.cdiv(keys, KEYS), groups, len(d_k))](
-        *_row_descriptors(q, r, rows_of_tile), _row_descriptors(do, r, rows_of_tile)[0], *descriptors(k, 64), descriptors(v, 64)[0], *rows,
-        ranges.lo_S, ranges.hi_S, *ranges.seen_by(keys), d_k, d_v, keys, groups, h, split_queries, k.stride(1),
-        v.stride(1), scale, R=r, DK=dk, DK1=sizes["DK1"], DK2=sizes["DK2"], DV=dv, BM=rows_of_tile, STAGES=_STAGES,
+        *_row_descriptors(q, r, rows_of_tile), _row_descriptors(do, r, rows_of_tile)[0], *descriptors(k, 64),
+        descriptors(v, 64)[0], *rows, ranges.hi_S, *ranges.seen_by(keys), d_k, d_v, keys, groups, h,
+        split_queries, k.stride(1), v.stride(1), scale, R=r, DK=dk, DK1=sizes["DK1"], DK2=sizes["DK2"], DV=dv, BM=rows_of_tile, STAGES=_STAGES,
         num_warps=4)  # fmt: skip
 
 
