@@ -201,18 +201,18 @@ def range_dkv_kernel(
 
 
 def range_dkv(
-    q: Tensor, do: Tensor, k: Tensor, v: Tensor, rows: list[Tensor], ranges: Ranges, scale: float, d_k: Tensor,
+    q: Tensor, do: Tensor, k: Tensor, v: Tensor, rows: tuple[Tensor, ...], ranges: Ranges, scale: float, d_k: Tensor,
     d_v: Tensor, split_queries: int,
 ) -> None:  # fmt: skip
     """Writes d_k and d_v [splits, keys, G, D] where `ranged._dkv_by_gluon`; rows: log-sum-exps, deltas, gates."""
     (_, h, dk), (keys, groups, dv), r = q.shape, v.shape, q.shape[1] // v.shape[1]
-    sizes, rows_of_tile = head_sizes(dk, dv), _tile_rows(dk)
+    sizes, bm = head_sizes(dk, dv), _tile_rows(dk)
+    descs = *_row_descriptors(q, r, bm), _row_descriptors(do, r, bm)[0], *descriptors(k, 64), descriptors(v, 64)[0]
     count_launch("range_dkv")
     range_dkv_kernel[(triton.cdiv(keys, KEYS), groups, len(d_k))](
-        *_row_descriptors(q, r, rows_of_tile), _row_descriptors(do, r, rows_of_tile)[0], *descriptors(k, 64),
-        descriptors(v, 64)[0], *rows, ranges.hi_S, *ranges.seen_by(keys), d_k, d_v, keys, groups, h,
-        split_queries, k.stride(1), v.stride(1), scale, R=r, DK=dk, DK1=sizes["DK1"], DK2=sizes["DK2"], DV=dv, BM=rows_of_tile, STAGES=_STAGES,
-        num_warps=4)  # fmt: skip
+        *descs, *rows, ranges.lo_S, ranges.hi_S, *ranges.seen_by(keys), d_k, d_v, keys, groups, h, split_queries,
+        k.stride(1), v.stride(1), scale, R=r, DK=dk, DK1=sizes["DK1"], DK2=sizes["DK2"], DV=dv, BM=bm,
+        STAGES=_STAGES, num_warps=4)  # fmt: skip
 
 
 def _row_descriptors(x_SHD: Tensor, r: int, rows: int) -> list[TensorDescriptor]:
