@@ -14,17 +14,18 @@ from tests.kernels.test_triton import DEVICE, inputs, run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available() and not tuning.interpreted(), reason="no interpreter")
 
-# What computes fastest comes first: it is taken where no value makes a new pair.
+# What computes fastest comes first: it is taken where no value makes a new pair. The factors' order is one in
+# which few cases have many heads and many tokens and small tiles.
 FACTORS: dict[str, tuple[Any, ...]] = {
     "sizes": ((16, 16), (24, 40), (64, 64), (96, 96), (128, 128), (192, 128), (256, 256)),  # Dk, Dv
     "r": (1, 2, 3, 4, 8, 16, 64),  # query heads of a KV head
     "blocks": ((8, 4, 16), (32, 16, 64), (16, 16, 64), (32, 32, 64), (16, 4, 8), (4, 4, 4), (12, 4, 24)),  # l, d, lp
-    "choice": ((4, 1, 2), (1, 0, 1), (2, 0, 1), (5, 2, 1), (16, 1, 2)),  # selected, initial, local blocks
-    "window": (24, 1, 7, 512),
     "lengths": ((21,), (4, 1, 40), (30, 45), (130,)),  # of the documents
+    "choice": ((4, 1, 2), (1, 0, 1), (2, 0, 1), (5, 2, 1), (16, 1, 2)),  # selected, initial, local blocks
+    "tile": ((64, 64), (32, 16)),  # queries times heads, keys: under the interpreter
     "groups": (1, 2),
     "dtype": (torch.float32, torch.float16),
-    "tile": ((64, 64), (32, 16)),  # queries times heads, keys: under the interpreter
+    "window": (24, 1, 7, 512),
 }
 # Of the type's, of a tensor's largest element: what results may be off.
 ROUNDINGS = {torch.float32: 32, torch.float16: 2}
