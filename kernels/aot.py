@@ -2,7 +2,7 @@
 
     python -m nsa_dist.kernels.aot                  one configuration: 192/128, bfloat16, groups of 16
     python -m nsa_dist.kernels.aot --sample 7       and one more kernel configuration a target, chosen by the number
-    python -m nsa_dist.kernels.aot --all            head sizes x types x groups
+    python -m nsa_dist.kernels.aot --all            head sizes x types x groups, each kernel with all its constants
 
 Each of the branches' functions is called on a small input with its launches recorded instead of made: what is
 compiled is what would be launched. Fails where a kernel exceeds a target's shared memory or spills more than
@@ -33,7 +33,7 @@ from nsa_dist.kernels.compressed import compressed_view
 from nsa_dist.kernels.packing import Packing
 from nsa_dist.kernels.selected import block_index, head_rows
 from nsa_dist.kernels.spec import NSASpec
-from nsa_dist.kernels.tiled import window_ranges
+from nsa_dist.kernels.tiled import make_ranges, window_ranges
 
 # Shared memory of a program in bytes: CUDA programming guide, table of compute capabilities; CDNA 3 and 4 ISA.
 SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536, "gfx950": 163840}
@@ -71,7 +71,7 @@ def record(target: str, case: Case) -> dict[str, Launch]:
     from nsa_dist.kernels import blocks, gating, ranged, scores
 
     (dk, dv), dtype, r = case
-    spec, s, groups = NSASpec(), 256, 2
+    spec, s, groups = NSASpec(window=32), 256, 2  # as in long sequences: few keys in a window, many compressed
     packing = Packing(np.array([0, s]), spec)
     tokens, cpu = np.arange(s), torch.device("cpu")
     view = compressed_view(packing, tokens, np.arange(packing.compressed), cpu)
@@ -89,16 +89,28 @@ def record(target: str, case: Case) -> dict[str, Launch]:
     branch = BranchGrad(do, gates[..., 0], do, lse, lse)
     flat = head_rows(k), head_rows(v)
     with _recorded(target) as launches:
+        ranged.range_forward(q, k, v, make_ranges(0 * tokens, 0 * tokens + 2048, tokens[:0], cpu), 1.0)
         ranged.range_forward(q, k, v, window, 1.0)
         ranged.range_backward(branch, q, k, v, window, 1.0)
         ranged.range_backward(branch, q, k_cmp, v_cmp, view.ranges, 1.0, q)
         scores.select_blocks(q, k_cmp, lse, view, spec, 1.0)
+        blocks.selected_forward(q, *flat, picks, token, index, 1.0, (do, lse))
         blocks.selected_forward(q, *flat, picks, token, index, 1.0)
         if max(dk, dv) <= tuning.largest("block_backward", q):  # else refused by name
             blocks.selected_backward(branch, q, *flat, picks, token, index, 1.0, q)
         gating.combine_forward(gates, [do] * 3)
         gating.row_deltas(do, [do] * 3)
-    return {kernel.__name__: (kernel, args, kwargs) for kernel, args, kwargs in launches}
+    return _named(launches)
+
+
+def _named(launches: list[Launch]) -> dict[str, Launch]:
+    """By the kernel's name, and the constants in which its launches differ."""
+    named: dict[str, Launch] = {}
+    for kernel, args, kwargs in launches:
+        same = [other[2] for other in launches if other[0] is kernel]
+        differ = [n for n, x in kwargs.items() if any(repr(other[n]) != repr(x) for other in same)]
+        named[" ".join([kernel.__name__, *(f"{n}={kwargs[n]}" for n in differ)])] = (kernel, args, kwargs)
+    return named
 
 
 def compile_launch(launch: Launch, target: str) -> Any:
@@ -154,11 +166,14 @@ def resources(compiled: Any, target: str) -> tuple[int, int, int]:
     return registers, compiled.metadata.shared, stack
 
 
-def check(target: str, case: Case, say: Callable[[str], None], only: int | None = None) -> list[str]:
-    """Compiles a case; what is wrong with it. `only`: the kernel of that number."""
+def check(
+    target: str, case: Case, say: Callable[[str], None], every: bool = True, only: int | None = None
+) -> list[str]:
+    """Compiles a case; what is wrong with it. Not `every`: each kernel once; `only`: the kernel of that number."""
     wrong = []
     (dk, dv), dtype, r = case
-    launches = sorted(record(target, case).items())
+    recorded = record(target, case)
+    launches = sorted((recorded if every else {n.split()[0]: x for n, x in recorded.items()}).items())
     for name, launch in launches if only is None else [launches[only % len(launches)]]:
         label = f"{target} {dk}/{dv} {_NAMES[dtype]} R={r} {name}"
         try:
@@ -167,7 +182,7 @@ def check(target: str, case: Case, say: Callable[[str], None], only: int | None 
             wrong.append(f"{label}: {type(error).__name__}: {str(error).strip().splitlines()[-1]}")
             say(wrong[-1])
             continue
-        say(f"{label:56s} registers {registers:4d}  shared {shared:7d}  spilled {spilled:5d}")
+        say(f"{label:72s} registers {registers:4d}  shared {shared:7d}  spilled {spilled:5d}")
         if shared > SHARED[target]:
             wrong.append(f"{label}: {shared} bytes of shared memory; at most {SHARED[target]}")
         if spilled > SPILLS:
@@ -190,7 +205,7 @@ def main() -> int:
     usual: Case = ((192, 128), torch.bfloat16, 16)
     wrong = []
     for target, case in itertools.product(targets, every if args.all else [usual]):
-        wrong += check(target, case, print)
+        wrong += check(target, case, print, every=args.all)
     if args.sample is not None:
         for i, target in enumerate(targets):
             number = args.sample + i
