@@ -42,11 +42,30 @@ from nsa_dist.kernels.tuning import (
 )
 
 _ITEM_ROWS = 2048  # queries times heads of a work item
+_KEYS = 1024  # picks of a program that finds their segments
 # Of the kernels that put a query's partial results together, output and dq.
 _MERGE = {"BM": 16, "UNROLL": 4, "num_warps": 4}
 _CACHED_BYTES = 24 << 20  # of a chunk's rows of one KV head, each read once a pick
 _CHUNK_BYTES = 3 << 29  # of partial results;
 _LONG = 1 << 17  # half of it from so many queries on: there memory is scarce, and what it costs is small
+
+
+@triton.jit
+def key_kernel(
+    picks_ptr, begin_ptr, end_ptr, key_ptr, all_picks, all_queries, count, blocks, chunk_queries, parts, chunk_heads,
+    segments, total, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Each pick's segment; `total`, after all of them, for a pick that is none or of a block without rows."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    there = i < all_picks
+    pick = tl.load(picks_ptr + i, mask=there, other=-1)
+    s, g = i // count % all_queries, i // count // all_queries
+    here = pick >= 0
+    begin = tl.load(begin_ptr + g * blocks + pick, mask=here, other=0)
+    here &= tl.load(end_ptr + g * blocks + pick, mask=here, other=0) > begin
+    chunk = g // chunk_heads * parts + s // chunk_queries
+    segment = chunk * segments + g % chunk_heads * blocks + pick
+    tl.store(key_ptr + i, tl.where(here, segment, total), mask=there)
 
 
 @triton.jit
@@ -361,19 +380,16 @@ def make_work(picks_GSn: Tensor, index: BlockIndex, queries: int, heads: int, wi
     ]
     segments = heads * blocks
     total = len(chunks) * segments
-    if max(total, picks_GSn.numel()) >= 2**31:
+    if max(total, picks_GSn.numel() + _KEYS) >= 2**31:
         raise ValueError(
             f"picks of shape {(s, groups, n)} over {blocks} blocks: more than 2**31 picks or segments; "
             "fewer queries at a time are allowed"
         )
-    head = torch.arange(groups, device=device, dtype=torch.int32)
-    held = (index.end_GB > index.begin_GB).flatten()
-    at = (picks_GSn + head[:, None, None] * blocks).masked_fill_(picks_GSn < 0, 0)
-    here = held[at] & (picks_GSn >= 0)
-    part = torch.arange(s, device=device, dtype=torch.int32) // queries
-    chunk = (head // heads * parts)[:, None] + part
-    key = picks_GSn + (chunk * segments + (head % heads * blocks)[:, None])[..., None]
-    key, order = key.masked_fill_(~here, total).flatten().sort(stable=True)
+    key = torch.empty_like(picks_GSn)
+    key_kernel[(triton.cdiv(key.numel(), _KEYS),)](
+        picks_GSn, index.begin_GB, index.end_GB, key, key.numel(), s, n, blocks, queries, parts, heads, segments,
+        total, BLOCK=_KEYS, num_warps=4)  # fmt: skip
+    key, order = key.flatten().sort(stable=True)
     start = torch.searchsorted(key, torch.arange(total + 1, device=device, dtype=torch.int32), out_int32=True)
     items_of = (start.diff() + width - 1) // width
     item_start, split_start = _starts(items_of), _starts(items_of.masked_fill(items_of == 1, 0))
