@@ -95,11 +95,11 @@ def tuned(kernel: str, x: Tensor, dk: int, dv: int) -> dict[str, int]:
 
 
 def largest(kernel: str, x: Tensor) -> int:
-    """The largest head size that a kernel is made for where x is, in x's type."""
-    return 256 if x.dtype == torch.float32 else _LARGEST.get((target(x.device), kernel), 256)
+    """The largest head size that a kernel is made for where x is."""
+    return _LARGEST.get((target(x.device), kernel), 256)
 
 
-# The largest head size of a kernel in 16-bit types where it isn't 256: above, ptxas spills 4 KB with all tiles tried.
+# The largest head size of a kernel where it isn't 256: above, ptxas spills 4 KB in 16-bit types, 6 KB in float32.
 _LARGEST = {("sm_80", "block_backward"): 192}
 
 # (target or its family, kernel): BM, BN, warps, stages at head sizes up to 128, up to 192, above it; 16-bit types.
