@@ -99,7 +99,7 @@ def largest(kernel: str, x: Tensor) -> int:
     return _LARGEST.get((target(x.device), kernel), 256)
 
 
-# The largest head size of a kernel where it isn't 256: above, ptxas spills 4 KB in 16-bit types, in float32 6 KB (R = 1).
+# The largest head size of a kernel where it isn't 256: above, ptxas spills 4 KB in 16-bit types, 6 KB in float32.
 _LARGEST = {("sm_80", "block_backward"): 192}
 
 # (target or its family, kernel): BM, BN, warps, stages at head sizes up to 128, up to 192, above it; 16-bit types.
