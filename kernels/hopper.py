@@ -24,12 +24,15 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nsa_dist.kernels.tile_ops import LOG2E
 from nsa_dist.kernels.tiled import Ranges
-from nsa_dist.kernels.tuning import count_launch, head_sizes, pieces, tuned
+from nsa_dist.kernels.tuning import count_launch, head_sizes, pieces, processors, tuned
 
 # Their names in Triton 3.9, and before.
 _copy_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 _PUBLIC = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+
+_ROWS = 128  # of a tile of `range_forward_kernel`
+_SHARED = 232448  # bytes of shared memory that a program has
 
 
 @gluon.jit
@@ -59,134 +62,164 @@ def _fetch(desc1, desc2, n, column, bar, to1, to2, D1: gl.constexpr, D2: gl.cons
 
 
 @gluon.jit
-def _tile(m_begin, queries, heads, g, lo_ptr, hi_ptr, R: gl.constexpr, BM: gl.constexpr, layout: gl.constexpr):
-    m = m_begin + gl.arange(0, BM, layout)
-    s = m // R
-    here = s < queries
-    row = s.to(gl.int64) * heads + g * R + m % R
-    lo = gl.load(lo_ptr + s, mask=here, other=0).to(gl.int32)
-    hi = gl.load(hi_ptr + s, mask=here, other=0).to(gl.int32)
-    return here, row, lo, hi
+def _row_tile(i, row_tiles, groups, queries, lo_ptr, hi_ptr, R: gl.constexpr, BN: gl.constexpr):
+    """The i-th tile of 128 rows of all KV heads: its first row, its KV head, and what its queries see.
+
+    Some see of the keys from start on, `tiles` tiles; all see [inner, outer): lo and hi never fall.
+    """
+    m_begin = (row_tiles - 1 - i // groups) * 128  # late queries see most: first
+    first, last = m_begin // R, gl.minimum((m_begin + 127) // R, queries - 1)
+    start = gl.load(lo_ptr + first).to(gl.int32)
+    inner = gl.load(lo_ptr + last).to(gl.int32)
+    outer = gl.load(hi_ptr + first).to(gl.int32)
+    end = gl.load(hi_ptr + last).to(gl.int32)
+    return m_begin, i % groups, start, inner, outer, (gl.maximum(end - start, 0) + BN - 1) // BN
 
 
 @gluon.jit
 def _feed(
-    k1_desc, k2_desc, v1_desc, v2_desc, k1, k2, v1, v2, k_full, k_empty, v_full, v_empty, start, tiles, k_column,
-    v_column,
-    DK1: gl.constexpr, DK2: gl.constexpr, DV1: gl.constexpr, DV2: gl.constexpr, BN: gl.constexpr,
-    STAGES: gl.constexpr,
+    q1_desc, q2_desc, k1_desc, k2_desc, v1_desc, v2_desc, q1, q2, k1, k2, v1, v2, q_full, q_empty, k_full, k_empty,
+    v_full, v_empty, lo_ptr, hi_ptr, first, step, row_tiles, groups, queries, k_head, v_head,
+    R: gl.constexpr, DK1: gl.constexpr, DK2: gl.constexpr, DV1: gl.constexpr, DV2: gl.constexpr, BN: gl.constexpr,
+    STAGES: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
-    """The warp that keeps the buffers of keys and values full."""
-    for j in range(tiles):
-        slot, turn = j % STAGES, j // STAGES
-        mbarrier.wait(k_empty.index(slot), (turn & 1) ^ 1)
-        _fetch(k1_desc, k2_desc, start + j * BN, k_column, k_full.index(slot), k1.index(slot), k2.index(slot),
-               DK1, DK2, BN)  # fmt: skip
-        mbarrier.wait(v_empty.index(slot), (turn & 1) ^ 1)
-        _fetch(v1_desc, v2_desc, start + j * BN, v_column, v_full.index(slot), v1.index(slot), v2.index(slot),
-               DV1, DV2, BN)  # fmt: skip
+    """The warp that keeps the buffers full: of keys and values across the ends of tiles, of rows a tile ahead."""
+    turn, n = 0, 0  # tiles of rows, and of keys, that have been asked for
+    for i in range(first, row_tiles * groups, step):
+        m_begin, g, start, _, _, tiles = _row_tile(i, row_tiles, groups, queries, lo_ptr, hi_ptr, R, BN)
+        for j in range(tiles):
+            slot, phase = n % STAGES, ((n // STAGES) & 1) ^ 1
+            mbarrier.wait(k_empty.index(slot), phase)
+            _fetch(k1_desc, k2_desc, start + j * BN, g * k_head, k_full.index(slot), k1.index(slot), k2.index(slot),
+                   DK1, DK2, BN)  # fmt: skip
+            if j == 0:  # after the keys, which find room sooner where there is one slot
+                for half in gl.static_range(2):
+                    at, m = turn % SLOTS * 2 + half, m_begin + half * 64
+                    mbarrier.wait(q_empty.index(at), ((turn // SLOTS) & 1) ^ 1)
+                    mbarrier.expect(q_full.index(at), 64 * (DK1 + DK2) * 2)
+                    _copy_tile(q1_desc, [m // R, g * R + m % R, 0], q_full.index(at), q1.index(at))
+                    if DK2 > 0:
+                        _copy_tile(q2_desc, [m // R, g * R + m % R, DK1], q_full.index(at), q2.index(at))
+            mbarrier.wait(v_empty.index(slot), phase)
+            _fetch(v1_desc, v2_desc, start + j * BN, g * v_head, v_full.index(slot), v1.index(slot), v2.index(slot),
+                   DV1, DV2, BN)  # fmt: skip
+            n += 1
+        if tiles > 0:
+            turn += 1
 
 
 @gluon.jit
 def _attend(
-    half, q1, q2, k1, k2, v1, v2, k_full, k_empty, v_full, v_empty, q_ptr, lo_ptr, hi_ptr, o_ptr, lse_ptr, m_begin,
-    queries, heads, g, scale, start, inner, outer, tiles,
-    R: gl.constexpr, DK: gl.constexpr, DK1: gl.constexpr, DK2: gl.constexpr, DV: gl.constexpr, DV1: gl.constexpr,
-    DV2: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+    half, q1, q2, k1, k2, v1, v2, q_full, q_empty, k_full, k_empty, v_full, v_empty, lo_ptr, hi_ptr, o_ptr, lse_ptr,
+    first, step, row_tiles, groups, queries, heads, scale,
+    R: gl.constexpr, DK1: gl.constexpr, DK2: gl.constexpr, DV: gl.constexpr, DV1: gl.constexpr, DV2: gl.constexpr,
+    BN: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
-    """A warp group: 64 rows. Scores of tile j and output of tile j - 1 are under way together."""
+    """A warp group: 64 rows of each tile. Scores of keys j and output of keys j - 1 are under way together."""
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     out1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV1, 16])
     out2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV2 if DV2 > 0 else 16, 16])
     rows: gl.constexpr = gl.SliceLayout(1, scores)
-    copy: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     left1: gl.constexpr = gl.DotOperandLayout(0, out1, 2)
-    dtype: gl.constexpr = q1.dtype
-    m_begin += half * 64
-    q1, q2 = q1.index(half), q2.index(half)
-    here_q, row_q, _, _ = _tile(m_begin, queries, heads, g, lo_ptr, hi_ptr, R, 64, gl.SliceLayout(1, copy))
-    _put_rows(q_ptr, row_q, here_q, q1, DK, 0, DK1, copy)
+    dtype: gl.constexpr = k1.dtype
+    q1 = as_tiles(q1, 2 * SLOTS, 64, DK1, k1)
     if DK2 > 0:
-        _put_rows(q_ptr, row_q, here_q, q2, DK, DK1, DK2, copy)
-    fence_async_shared()
-    here, row, lo, hi = _tile(m_begin, queries, heads, g, lo_ptr, hi_ptr, R, 64, rows)
-    o1 = gl.zeros([64, DV1], gl.float32, out1)
-    o2 = gl.zeros([64, DV2 if DV2 > 0 else 16], gl.float32, out2)
-    top = gl.full([64], float("-inf"), gl.float32, rows)
-    total = gl.zeros([64], gl.float32, rows)
-    p = gl.zeros([64, BN], dtype, left1)
+        q2 = as_tiles(q2, 2 * SLOTS, 64, DK2, k2)
     factor = scale * LOG2E
-    for j in range(tiles + 1):  # there is no tile -1, nor tile `tiles`: what comes of them is replaced and masked
-        slot, before = j % STAGES, (j + STAGES - 1) % STAGES
-        s = gl.zeros([64, BN], gl.float32, scores)
-        mbarrier.wait(k_full.index(slot), (j // STAGES) & 1, pred=j < tiles)
-        s = warpgroup_mma(q1, k1.index(slot).permute((1, 0)), s, use_acc=False, is_async=True)
-        if DK2 > 0:
-            s = warpgroup_mma(q2, k2.index(slot).permute((1, 0)), s, is_async=True)
-        mbarrier.wait(v_full.index(before), ((j - 1) // STAGES) & 1, pred=j > 0)
-        o1 = warpgroup_mma(p, v1.index(before), o1, use_acc=j > 1, is_async=True)
+    turn, n = 0, 0  # tiles of rows, and of keys, that are done
+    for i in range(first, row_tiles * groups, step):
+        m_begin, g, start, inner, outer, tiles = _row_tile(i, row_tiles, groups, queries, lo_ptr, hi_ptr, R, BN)
+        m_begin += half * 64
+        m = m_begin + gl.arange(0, 64, rows)
+        here = m // R < queries
+        lo = gl.load(lo_ptr + m // R, mask=here, other=0).to(gl.int32)
+        hi = gl.load(hi_ptr + m // R, mask=here, other=0).to(gl.int32)
+        o1 = gl.zeros([64, DV1], gl.float32, out1)
+        o2 = gl.zeros([64, DV2 if DV2 > 0 else 16], gl.float32, out2)
+        top = gl.full([64], float("-inf"), gl.float32, rows)
+        total = gl.zeros([64], gl.float32, rows)
+        p = gl.zeros([64, BN], dtype, left1)
+        at = turn % SLOTS * 2 + half
+        mbarrier.wait(q_full.index(at), (turn // SLOTS) & 1, pred=tiles > 0)
+        for j in range(tiles + 1):  # there are no keys -1, nor `tiles`: what comes of them is replaced and masked
+            slot, before = (n + j) % STAGES, (n + j + STAGES - 1) % STAGES
+            s = gl.zeros([64, BN], gl.float32, scores)
+            mbarrier.wait(k_full.index(slot), ((n + j) // STAGES) & 1, pred=j < tiles)
+            s = warpgroup_mma(q1.index(at), k1.index(slot).permute((1, 0)), s, use_acc=False, is_async=True)
+            if DK2 > 0:
+                s = warpgroup_mma(q2.index(at), k2.index(slot).permute((1, 0)), s, is_async=True)
+            mbarrier.wait(v_full.index(before), ((n + j - 1) // STAGES) & 1, pred=j > 0)
+            o1 = warpgroup_mma(p, v1.index(before), o1, use_acc=j > 1, is_async=True)
+            if DV2 > 0:
+                o2 = warpgroup_mma(p, v2.index(before), o2, use_acc=j > 1, is_async=True)
+                s = warpgroup_mma_wait(2, deps=[s])
+            else:
+                s = warpgroup_mma_wait(1, deps=[s])
+            mbarrier.arrive(k_empty.index(slot), count=1, pred=j < tiles)
+            mbarrier.arrive(q_empty.index(at), count=1, pred=j == tiles - 1)
+            n0 = start + j * BN
+            if (n0 < inner) | (n0 + BN > outer):
+                keys = n0 + gl.arange(0, BN, gl.SliceLayout(0, scores))
+                s = gl.where((keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None]), s, float("-inf"))
+            above = gl.maximum(top, gl.max(s, 1) * factor)
+            safe = gl.where(above == float("-inf"), 0.0, above)  # -inf - (-inf) would be NaN
+            s = gl.exp2(s * factor - safe[:, None])
+            shrink = gl.exp2(top - safe)
+            total = total * shrink + gl.sum(s, 1)
+            top = above
+            if DV2 > 0:
+                o1, o2, p = warpgroup_mma_wait(0, deps=[o1, o2, p])
+                o2 = o2 * gl.convert_layout(shrink, gl.SliceLayout(1, out2))[:, None]
+            else:
+                o1, p = warpgroup_mma_wait(0, deps=[o1, p])
+            mbarrier.arrive(v_empty.index(before), count=1, pred=j > 0)
+            o1 = o1 * gl.convert_layout(shrink, gl.SliceLayout(1, out1))[:, None]
+            p = gl.convert_layout(s.to(dtype), left1)
+        if tiles == 0:
+            o1, o2 = gl.zeros_like(o1), gl.zeros_like(o2)
+        n += tiles
+        if tiles > 0:
+            turn += 1
+        safe = gl.where(total > 0, total, 1.0)
+        lse = gl.where(total > 0, (top + gl.log2(safe)) / LOG2E, float("-inf"))
+        gl.store(lse_ptr + (m // R).to(gl.int64) * heads + g * R + m % R, lse, mask=here)
+        _store_out(o_ptr, o1, 1.0 / safe, m_begin, queries, heads, g, R, 64, DV, 0, DV1, out1)
         if DV2 > 0:
-            o2 = warpgroup_mma(p, v2.index(before), o2, use_acc=j > 1, is_async=True)
-            s = warpgroup_mma_wait(2, deps=[s])
-        else:
-            s = warpgroup_mma_wait(1, deps=[s])
-        mbarrier.arrive(k_empty.index(slot), count=1, pred=j < tiles)
-        n0 = start + j * BN
-        if (n0 < inner) | (n0 + BN > outer):
-            n = n0 + gl.arange(0, BN, gl.SliceLayout(0, scores))
-            s = gl.where((n[None, :] >= lo[:, None]) & (n[None, :] < hi[:, None]), s, float("-inf"))
-        above = gl.maximum(top, gl.max(s, 1) * factor)
-        safe = gl.where(above == float("-inf"), 0.0, above)  # -inf - (-inf) would be NaN
-        s = gl.exp2(s * factor - safe[:, None])
-        shrink = gl.exp2(top - safe)
-        total = total * shrink + gl.sum(s, 1)
-        top = above
-        if DV2 > 0:
-            o1, o2, p = warpgroup_mma_wait(0, deps=[o1, o2, p])
-            o2 = o2 * gl.convert_layout(shrink, gl.SliceLayout(1, out2))[:, None]
-        else:
-            o1, p = warpgroup_mma_wait(0, deps=[o1, p])
-        mbarrier.arrive(v_empty.index(before), count=1, pred=j > 0)
-        o1 = o1 * gl.convert_layout(shrink, gl.SliceLayout(1, out1))[:, None]
-        p = gl.convert_layout(s.to(dtype), left1)
-    if tiles == 0:
-        o1, o2 = gl.zeros_like(o1), gl.zeros_like(o2)
-    safe = gl.where(total > 0, total, 1.0)
-    lse = gl.where(total > 0, (top + gl.log2(safe)) / LOG2E, float("-inf"))
-    gl.store(lse_ptr + row, lse, mask=here)
-    _store_out(o_ptr, o1, 1.0 / safe, m_begin, queries, heads, g, R, 64, DV, 0, DV1, out1)
-    if DV2 > 0:
-        _store_out(o_ptr, o2, 1.0 / safe, m_begin, queries, heads, g, R, 64, DV, DV1, DV2, out2)
+            _store_out(o_ptr, o2, 1.0 / safe, m_begin, queries, heads, g, R, 64, DV, DV1, DV2, out2)
 
 
 @gluon.jit
 def range_forward_kernel(
-    k1_desc, k2_desc, v1_desc, v2_desc, q_ptr, lo_ptr, hi_ptr, o_ptr, lse_ptr, queries, heads, k_head, v_head, scale,
+    q1_desc, q2_desc, k1_desc, k2_desc, v1_desc, v2_desc, lo_ptr, hi_ptr, o_ptr, lse_ptr, row_tiles, groups, queries,
+    heads, k_head, v_head, scale,
     R: gl.constexpr, DK: gl.constexpr, DK1: gl.constexpr, DK2: gl.constexpr,
     DV: gl.constexpr, DV1: gl.constexpr, DV2: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+    SLOTS: gl.constexpr,
 ):  # fmt: skip
-    """Two warp groups of 64 rows, and a warp that loads for both."""
-    dtype: gl.constexpr = k1_desc.dtype
-    across: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    g = gl.program_id(1)
-    m_begin = (gl.num_programs(0) - 1 - gl.program_id(0)) * 128  # late queries see most: first
-    here, _, lo, hi = _tile(m_begin, queries, heads, g, lo_ptr, hi_ptr, R, 128, across)
-    start = gl.min(gl.where(here, lo, 2147483647), 0)
-    inner = gl.max(gl.where(here, lo, 0), 0)
-    outer = gl.min(gl.where(here, hi, 2147483647), 0)
-    end = gl.max(gl.where(here, hi, 0), 0)
-    tiles = (gl.maximum(end - start, 0) + BN - 1) // BN
+    """Tile after tile of 128 rows: two warp groups of 64 rows, and a warp that loads for both.
 
+    The next tile's rows, keys and values come while one ends. KV heads alternate: neighbouring programs have
+    neighbouring queries, which see the same keys.
+    """
+    dtype: gl.constexpr = k1_desc.dtype
+    first, step = gl.program_id(0), gl.num_programs(0)
     k1 = gl.allocate_shared_memory(dtype, [STAGES, BN, DK1], k1_desc.layout)
     k2 = gl.allocate_shared_memory(dtype, [STAGES, BN if DK2 > 0 else 8, DK2 if DK2 > 0 else 64], k2_desc.layout)
     v1 = gl.allocate_shared_memory(dtype, [STAGES, BN, DV1], v1_desc.layout)
     v2 = gl.allocate_shared_memory(dtype, [STAGES, BN if DV2 > 0 else 8, DV2 if DV2 > 0 else 64], v2_desc.layout)
-    q1 = gl.allocate_shared_memory(dtype, [2, 64, DK1], k1_desc.layout)
-    q2 = gl.allocate_shared_memory(dtype, [2, 64 if DK2 > 0 else 8, DK2 if DK2 > 0 else 64], k2_desc.layout)
+    q1 = gl.allocate_shared_memory(dtype, [2 * SLOTS, 64 // R, R, DK1], q1_desc.layout)
+    q2 = q1
+    if DK2 > 0:
+        q2 = gl.allocate_shared_memory(dtype, [2 * SLOTS, 64 // R, R, DK2], q2_desc.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [2 * SLOTS, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [2 * SLOTS, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2 * SLOTS):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
@@ -195,14 +228,15 @@ def range_forward_kernel(
     fence_async_shared()
     gl.warp_specialize(
         [
-            (_attend, (0, q1, q2, k1, k2, v1, v2, k_full, k_empty, v_full, v_empty, q_ptr, lo_ptr, hi_ptr, o_ptr,
-                       lse_ptr, m_begin, queries, heads, g, scale, start, inner, outer, tiles, R, DK, DK1, DK2, DV,
-                       DV1, DV2, BN, STAGES)),
-            (_attend, (1, q1, q2, k1, k2, v1, v2, k_full, k_empty, v_full, v_empty, q_ptr, lo_ptr, hi_ptr, o_ptr,
-                       lse_ptr, m_begin, queries, heads, g, scale, start, inner, outer, tiles, R, DK, DK1, DK2, DV,
-                       DV1, DV2, BN, STAGES)),
-            (_feed, (k1_desc, k2_desc, v1_desc, v2_desc, k1, k2, v1, v2, k_full, k_empty, v_full, v_empty, start,
-                     tiles, g * k_head, g * v_head, DK1, DK2, DV1, DV2, BN, STAGES)),
+            (_attend, (0, q1, q2, k1, k2, v1, v2, q_full, q_empty, k_full, k_empty, v_full, v_empty, lo_ptr, hi_ptr,
+                       o_ptr, lse_ptr, first, step, row_tiles, groups, queries, heads, scale, R, DK1, DK2, DV, DV1,
+                       DV2, BN, STAGES, SLOTS)),
+            (_attend, (1, q1, q2, k1, k2, v1, v2, q_full, q_empty, k_full, k_empty, v_full, v_empty, lo_ptr, hi_ptr,
+                       o_ptr, lse_ptr, first, step, row_tiles, groups, queries, heads, scale, R, DK1, DK2, DV, DV1,
+                       DV2, BN, STAGES, SLOTS)),
+            (_feed, (q1_desc, q2_desc, k1_desc, k2_desc, v1_desc, v2_desc, q1, q2, k1, k2, v1, v2, q_full, q_empty,
+                     k_full, k_empty, v_full, v_empty, lo_ptr, hi_ptr, first, step, row_tiles, groups, queries,
+                     k_head, v_head, R, DK1, DK2, DV1, DV2, BN, STAGES, SLOTS)),
         ],
         [4, 1],
         [240, 24],
@@ -329,12 +363,26 @@ def descriptors(x_NGD: Tensor, rows: int) -> list[TensorDescriptor]:
     return made
 
 
+def row_descriptors(x_SHD: Tensor, r: int, rows: int) -> list[TensorDescriptor]:
+    """For tiles of so many rows, the r heads of neighbouring queries, in two pieces."""
+    parts = pieces("", x_SHD.shape[2])
+    dtype = gl.bfloat16 if x_SHD.dtype == torch.bfloat16 else gl.float16
+    made = []
+    for width in (parts["D1"], parts["D2"] or parts["D1"]):
+        block = [max(1, rows // r), min(r, rows), width]
+        layout: Any = gl.NVMMASharedLayout.get_default_for(block, dtype)
+        made.append(TensorDescriptor(x_SHD, list(x_SHD.shape), list(x_SHD.stride()), block, layout))
+    return made
+
+
 def range_forward(q: Tensor, k: Tensor, v: Tensor, ranges: Ranges, scale: float, o: Tensor, lse: Tensor) -> None:
-    """`ranged.range_forward` into o and lse, where `takes(q, k, v)`."""
-    (s, h, dk), (_, groups, dv) = q.shape, v.shape
+    """`ranged.range_forward` into o and lse, where `ranged._by_gluon`."""
+    (s, h, dk), (_, groups, dv), r = q.shape, v.shape, q.shape[1] // v.shape[1]
     meta = tuned("hopper_window" if ranges.longest <= 1024 else "hopper_forward", q, dk, dv)
+    bn, stages, row_tiles = meta["BN"], meta["num_stages"], triton.cdiv(s * r, _ROWS)
+    taken = stages * bn * (dk + dv) * 2 + 2 * _ROWS * dk * 2 + 4096  # with the rows of two tiles
     count_launch("range_forward")
-    range_forward_kernel[(triton.cdiv(s * (h // groups), 128), groups)](
-        *descriptors(k, meta["BN"]), *descriptors(v, meta["BN"]), q, ranges.lo_S, ranges.hi_S, o, lse, s, h,
-        k.stride(1), v.stride(1), scale, R=h // groups, **head_sizes(dk, dv), BN=meta["BN"],
-        STAGES=meta["num_stages"], num_warps=4)  # fmt: skip
+    range_forward_kernel[(min(processors(q.device), row_tiles * groups),)](
+        *row_descriptors(q, r, _ROWS // 2), *descriptors(k, bn), *descriptors(v, bn), ranges.lo_S, ranges.hi_S, o,
+        lse, row_tiles, groups, s, h, k.stride(1), v.stride(1), scale, R=r, **head_sizes(dk, dv), BN=bn,
+        STAGES=stages, SLOTS=2 if taken <= _SHARED else 1, num_warps=4)  # fmt: skip

@@ -6,9 +6,6 @@ S^T and dP^T, whose registers are the left operands of those for dv and dk: no b
 one group's exponentials are computed while the other's products are.
 """
 
-from typing import Any
-
-import torch
 import triton
 from torch import Tensor
 from triton.experimental import gluon
@@ -19,9 +16,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from nsa_dist.kernels.hopper import _copy_tile, as_tiles, descriptors
+from nsa_dist.kernels.hopper import _copy_tile, as_tiles, descriptors, row_descriptors
 from nsa_dist.kernels.tile_ops import LOG2E
 from nsa_dist.kernels.tiled import Ranges
 from nsa_dist.kernels.tuning import count_launch, head_sizes
@@ -204,24 +200,12 @@ def range_dkv(
     q: Tensor, do: Tensor, k: Tensor, v: Tensor, rows: tuple[Tensor, ...], ranges: Ranges, scale: float, d_k: Tensor,
     d_v: Tensor, split_queries: int,
 ) -> None:  # fmt: skip
-    """Writes d_k and d_v [splits, keys, G, D] where `ranged._dkv_by_gluon`; rows: log-sum-exps, deltas, gates."""
+    """Writes d_k and d_v [splits, keys, G, D] where `ranged._by_gluon`; rows: log-sum-exps, deltas, gates."""
     (_, h, dk), (keys, groups, dv), r = q.shape, v.shape, q.shape[1] // v.shape[1]
     sizes, bm = head_sizes(dk, dv), _tile_rows(dk)
-    descs = *_row_descriptors(q, r, bm), _row_descriptors(do, r, bm)[0], *descriptors(k, 64), descriptors(v, 64)[0]
+    descs = *row_descriptors(q, r, bm), row_descriptors(do, r, bm)[0], *descriptors(k, 64), descriptors(v, 64)[0]
     count_launch("range_dkv")
     range_dkv_kernel[(triton.cdiv(keys, KEYS), groups, len(d_k))](
         *descs, *rows, ranges.lo_S, ranges.hi_S, *ranges.seen_by(keys), d_k, d_v, keys, groups, h, split_queries,
         k.stride(1), v.stride(1), scale, R=r, DK=dk, DK1=sizes["DK1"], DK2=sizes["DK2"], DV=dv, BM=bm,
         STAGES=_STAGES, num_warps=4)  # fmt: skip
-
-
-def _row_descriptors(x_SHD: Tensor, r: int, rows: int) -> list[TensorDescriptor]:
-    """For tiles of so many rows, the r heads of neighbouring queries, in two pieces."""
-    sizes = head_sizes(x_SHD.shape[2], x_SHD.shape[2])
-    dtype = gl.bfloat16 if x_SHD.dtype == torch.bfloat16 else gl.float16
-    made = []
-    for width in (sizes["DK1"], sizes["DK2"] or sizes["DK1"]):
-        block = [max(1, rows // r), min(r, rows), width]
-        layout: Any = gl.NVMMASharedLayout.get_default_for(block, dtype)
-        made.append(TensorDescriptor(x_SHD, list(x_SHD.shape), list(x_SHD.stride()), block, layout))
-    return made

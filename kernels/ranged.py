@@ -179,7 +179,7 @@ def range_forward(q_SHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, ranges: Ranges, s
     o, lse = q.new_empty(s, h, dv), q.new_empty(s, h, dtype=torch.float32)
     if s == 0:
         return o, lse
-    if on_hopper(q, k, v):
+    if _by_gluon(k, v, q):
         from nsa_dist.kernels import hopper
 
         hopper.range_forward(q, k, v, ranges, scale, o, lse)
@@ -224,7 +224,7 @@ def range_backward(
             ADD=add, **sizes, **meta)  # fmt: skip
     if not keys or not s:
         return dq, d_k.new_zeros(d_k.shape[1:]), d_v.new_zeros(d_v.shape[1:])
-    if on_hopper(q, k, v) and _dkv_by_gluon(q, do, k, v):
+    if _by_gluon(k, v, q, do) and dk <= 192 and dv in (64, 128):  # head sizes that the registers hold
         from nsa_dist.kernels import hopper_range_grads
 
         hopper_range_grads.range_dkv(q, do, k, v, rows, ranges, scale, d_k, d_v, split_queries)
@@ -238,11 +238,11 @@ def range_backward(
     return (dq, d_k[0], d_v[0]) if splits == 1 else (dq, d_k.sum(0), d_v.sum(0))
 
 
-def _dkv_by_gluon(q: Tensor, do: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Where `on_hopper`: a power of two of heads, head sizes that the registers hold."""
-    r = q.shape[1] // k.shape[1]
-    aligned = q.data_ptr() % 16 == 0 and do.data_ptr() % 16 == 0
-    return aligned and r in (1, 2, 4, 8, 16, 32, 64) and k.shape[2] <= 192 and v.shape[2] in (64, 128)
+def _by_gluon(k: Tensor, v: Tensor, *rows: Tensor) -> bool:
+    """Whether Hopper's kernels compute it: the copy engine brings tiles of rows of a power of two of heads."""
+    r = rows[0].shape[1] // k.shape[1]
+    aligned = all(x.data_ptr() % 16 == 0 for x in rows)
+    return aligned and r in (1, 2, 4, 8, 16, 32, 64) and on_hopper(rows[0], k, v)
 
 
 def _splits(queries: int, keys: int, groups: int, narrow: bool) -> tuple[int, int]:

@@ -74,6 +74,11 @@ def _target(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
+def processors(device: torch.device) -> int:
+    """Multiprocessors, for kernels of one program on each."""
+    return 132 if compile_target else torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def on_hopper(q: Tensor, *kv: Tensor) -> bool:
     """Whether the Gluon kernels compute such tensors. Their modules are loaded only then: some Tritons lack Gluon."""
     if target(q.device) != "sm_90" or q.element_size() != 2 or any(len(x) == 0 for x in kv):
@@ -110,7 +115,7 @@ _TABLE = {
     ("sm_90", "range_dkv"): ((32, 64, 4, 3), (32, 64, 4, 3), (32, 64, 8, 2)),
     ("sm_90", "scores"): ((128, 64, 4, 2),) * 3,
     ("sm_90", "hopper_forward"): ((128, 128, 4, 2), (128, 128, 4, 2), (128, 64, 4, 2)),
-    ("sm_90", "hopper_window"): ((128, 64, 4, 2),) * 3,
+    ("sm_90", "hopper_window"): ((128, 64, 4, 3), (128, 64, 4, 3), (128, 64, 4, 2)),
     ("sm_90", "block_forward"): ((64, 64, 4, 1),) * 3,
     ("sm_90", "block_backward"): ((32, 64, 4, 3), (32, 64, 4, 3), (32, 64, 8, 2)),
     ("sm_80", "range_dkv"): ((64, 64, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
