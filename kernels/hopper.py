@@ -62,31 +62,33 @@ def _fetch(desc1, desc2, n, column, bar, to1, to2, D1: gl.constexpr, D2: gl.cons
 
 
 @gluon.jit
-def _row_tile(i, row_tiles, groups, queries, lo_ptr, hi_ptr, R: gl.constexpr, BN: gl.constexpr):
-    """The i-th tile of 128 rows of all KV heads: its first row, its KV head, and what its queries see.
+def _row_tile(
+    item, queries, lo_ptr, hi_ptr, R: gl.constexpr, GROUPS: gl.constexpr, BN: gl.constexpr
+):  # fmt: skip
+    """A tile of 128 rows: its first row, its KV head, and what its queries see.
 
     Some see of the keys from start on, `tiles` tiles; all see [inner, outer): lo and hi never fall.
     """
-    m_begin = (row_tiles - 1 - i // groups) * 128  # late queries see most: first
+    m_begin = item // GROUPS * 128
     first, last = m_begin // R, gl.minimum((m_begin + 127) // R, queries - 1)
     start = gl.load(lo_ptr + first).to(gl.int32)
     inner = gl.load(lo_ptr + last).to(gl.int32)
     outer = gl.load(hi_ptr + first).to(gl.int32)
     end = gl.load(hi_ptr + last).to(gl.int32)
-    return m_begin, i % groups, start, inner, outer, (gl.maximum(end - start, 0) + BN - 1) // BN
+    return m_begin, item % GROUPS, start, inner, outer, (gl.maximum(end - start, 0) + BN - 1) // BN
 
 
 @gluon.jit
 def _feed(
     q1_desc, q2_desc, k1_desc, k2_desc, v1_desc, v2_desc, q1, q2, k1, k2, v1, v2, q_full, q_empty, k_full, k_empty,
-    v_full, v_empty, lo_ptr, hi_ptr, first, step, row_tiles, groups, queries, k_head, v_head,
-    R: gl.constexpr, DK1: gl.constexpr, DK2: gl.constexpr, DV1: gl.constexpr, DV2: gl.constexpr, BN: gl.constexpr,
-    STAGES: gl.constexpr, SLOTS: gl.constexpr,
+    v_full, v_empty, lo_ptr, hi_ptr, item, step, queries, k_head, v_head,
+    R: gl.constexpr, GROUPS: gl.constexpr, DK1: gl.constexpr, DK2: gl.constexpr, DV1: gl.constexpr, DV2: gl.constexpr,
+    BN: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """The warp that keeps the buffers full: of keys and values across the ends of tiles, of rows a tile ahead."""
     turn, n = 0, 0  # tiles of rows, and of keys, that have been asked for
-    for i in range(first, row_tiles * groups, step):
-        m_begin, g, start, _, _, tiles = _row_tile(i, row_tiles, groups, queries, lo_ptr, hi_ptr, R, BN)
+    while item >= 0:
+        m_begin, g, start, _, _, tiles = _row_tile(item, queries, lo_ptr, hi_ptr, R, GROUPS, BN)
         for j in range(tiles):
             slot, phase = n % STAGES, ((n // STAGES) & 1) ^ 1
             mbarrier.wait(k_empty.index(slot), phase)
@@ -106,14 +108,15 @@ def _feed(
             n += 1
         if tiles > 0:
             turn += 1
+        item -= step
 
 
 @gluon.jit
 def _attend(
     half, q1, q2, k1, k2, v1, v2, q_full, q_empty, k_full, k_empty, v_full, v_empty, lo_ptr, hi_ptr, o_ptr, lse_ptr,
-    first, step, row_tiles, groups, queries, heads, scale,
-    R: gl.constexpr, DK1: gl.constexpr, DK2: gl.constexpr, DV: gl.constexpr, DV1: gl.constexpr, DV2: gl.constexpr,
-    BN: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
+    item, step, queries, scale,
+    R: gl.constexpr, GROUPS: gl.constexpr, DK1: gl.constexpr, DK2: gl.constexpr, DV: gl.constexpr, DV1: gl.constexpr,
+    DV2: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """A warp group: 64 rows of each tile. Scores of keys j and output of keys j - 1 are under way together."""
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
@@ -127,8 +130,8 @@ def _attend(
         q2 = as_tiles(q2, 2 * SLOTS, 64, DK2, k2)
     factor = scale * LOG2E
     turn, n = 0, 0  # tiles of rows, and of keys, that are done
-    for i in range(first, row_tiles * groups, step):
-        m_begin, g, start, inner, outer, tiles = _row_tile(i, row_tiles, groups, queries, lo_ptr, hi_ptr, R, BN)
+    while item >= 0:
+        m_begin, g, start, inner, outer, tiles = _row_tile(item, queries, lo_ptr, hi_ptr, R, GROUPS, BN)
         m_begin += half * 64
         m = m_begin + gl.arange(0, 64, rows)
         here = m // R < queries
@@ -138,61 +141,91 @@ def _attend(
         o2 = gl.zeros([64, DV2 if DV2 > 0 else 16], gl.float32, out2)
         top = gl.full([64], float("-inf"), gl.float32, rows)
         total = gl.zeros([64], gl.float32, rows)
-        p = gl.zeros([64, BN], dtype, left1)
-        at = turn % SLOTS * 2 + half
-        mbarrier.wait(q_full.index(at), (turn // SLOTS) & 1, pred=tiles > 0)
-        for j in range(tiles + 1):  # there are no keys -1, nor `tiles`: what comes of them is replaced and masked
-            slot, before = (n + j) % STAGES, (n + j + STAGES - 1) % STAGES
-            s = gl.zeros([64, BN], gl.float32, scores)
-            mbarrier.wait(k_full.index(slot), ((n + j) // STAGES) & 1, pred=j < tiles)
-            s = warpgroup_mma(q1.index(at), k1.index(slot).permute((1, 0)), s, use_acc=False, is_async=True)
-            if DK2 > 0:
-                s = warpgroup_mma(q2.index(at), k2.index(slot).permute((1, 0)), s, is_async=True)
-            mbarrier.wait(v_full.index(before), ((n + j - 1) // STAGES) & 1, pred=j > 0)
-            o1 = warpgroup_mma(p, v1.index(before), o1, use_acc=j > 1, is_async=True)
+        if tiles > 0:
+            at, slot = turn % SLOTS * 2 + half, n % STAGES
+            mbarrier.wait(q_full.index(at), (turn // SLOTS) & 1)
+            mbarrier.wait(k_full.index(slot), (n // STAGES) & 1)
+            s = _row_products(q1, q2, k1, k2, at, slot, DK2, BN, scores)
+            s = warpgroup_mma_wait(0, deps=[s])
+            mbarrier.arrive(k_empty.index(slot), count=1)
+            if tiles == 1:
+                mbarrier.arrive(q_empty.index(at), count=1)
+            s, top, total, _ = _weigh(s, start, inner, outer, lo, hi, top, total, factor, BN, scores)
+            p = gl.convert_layout(s.to(dtype), left1)
+            for j in range(1, tiles):
+                before, slot = slot, (n + j) % STAGES
+                mbarrier.wait(k_full.index(slot), ((n + j) // STAGES) & 1)
+                s = _row_products(q1, q2, k1, k2, at, slot, DK2, BN, scores)
+                mbarrier.wait(v_full.index(before), ((n + j - 1) // STAGES) & 1)
+                o1 = warpgroup_mma(p, v1.index(before), o1, is_async=True)
+                if DV2 > 0:
+                    o2 = warpgroup_mma(p, v2.index(before), o2, is_async=True)
+                    s = warpgroup_mma_wait(2, deps=[s])
+                else:
+                    s = warpgroup_mma_wait(1, deps=[s])
+                mbarrier.arrive(k_empty.index(slot), count=1)
+                if j == tiles - 1:
+                    mbarrier.arrive(q_empty.index(at), count=1)
+                s, top, total, shrink = _weigh(
+                    s, start + j * BN, inner, outer, lo, hi, top, total, factor, BN, scores
+                )
+                if DV2 > 0:
+                    o1, o2, p = warpgroup_mma_wait(0, deps=[o1, o2, p])
+                    o2 = o2 * gl.convert_layout(shrink, gl.SliceLayout(1, out2))[:, None]
+                else:
+                    o1, p = warpgroup_mma_wait(0, deps=[o1, p])
+                mbarrier.arrive(v_empty.index(before), count=1)
+                o1 = o1 * gl.convert_layout(shrink, gl.SliceLayout(1, out1))[:, None]
+                p = gl.convert_layout(s.to(dtype), left1)
+            mbarrier.wait(v_full.index(slot), ((n + tiles - 1) // STAGES) & 1)
+            o1 = warpgroup_mma(p, v1.index(slot), o1, is_async=True)
             if DV2 > 0:
-                o2 = warpgroup_mma(p, v2.index(before), o2, use_acc=j > 1, is_async=True)
-                s = warpgroup_mma_wait(2, deps=[s])
-            else:
-                s = warpgroup_mma_wait(1, deps=[s])
-            mbarrier.arrive(k_empty.index(slot), count=1, pred=j < tiles)
-            mbarrier.arrive(q_empty.index(at), count=1, pred=j == tiles - 1)
-            n0 = start + j * BN
-            if (n0 < inner) | (n0 + BN > outer):
-                keys = n0 + gl.arange(0, BN, gl.SliceLayout(0, scores))
-                s = gl.where((keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None]), s, float("-inf"))
-            above = gl.maximum(top, gl.max(s, 1) * factor)
-            safe = gl.where(above == float("-inf"), 0.0, above)  # -inf - (-inf) would be NaN
-            s = gl.exp2(s * factor - safe[:, None])
-            shrink = gl.exp2(top - safe)
-            total = total * shrink + gl.sum(s, 1)
-            top = above
-            if DV2 > 0:
+                o2 = warpgroup_mma(p, v2.index(slot), o2, is_async=True)
                 o1, o2, p = warpgroup_mma_wait(0, deps=[o1, o2, p])
-                o2 = o2 * gl.convert_layout(shrink, gl.SliceLayout(1, out2))[:, None]
             else:
                 o1, p = warpgroup_mma_wait(0, deps=[o1, p])
-            mbarrier.arrive(v_empty.index(before), count=1, pred=j > 0)
-            o1 = o1 * gl.convert_layout(shrink, gl.SliceLayout(1, out1))[:, None]
-            p = gl.convert_layout(s.to(dtype), left1)
-        if tiles == 0:
-            o1, o2 = gl.zeros_like(o1), gl.zeros_like(o2)
-        n += tiles
-        if tiles > 0:
+            mbarrier.arrive(v_empty.index(slot), count=1)
             turn += 1
+            n += tiles
         safe = gl.where(total > 0, total, 1.0)
         lse = gl.where(total > 0, (top + gl.log2(safe)) / LOG2E, float("-inf"))
-        gl.store(lse_ptr + (m // R).to(gl.int64) * heads + g * R + m % R, lse, mask=here)
-        _store_out(o_ptr, o1, 1.0 / safe, m_begin, queries, heads, g, R, 64, DV, 0, DV1, out1)
+        gl.store(lse_ptr + (m // R).to(gl.int64) * (R * GROUPS) + g * R + m % R, lse, mask=here)
+        _store_out(o_ptr, o1, 1.0 / safe, m_begin, queries, R * GROUPS, g, R, 64, DV, 0, DV1, out1)
         if DV2 > 0:
-            _store_out(o_ptr, o2, 1.0 / safe, m_begin, queries, heads, g, R, 64, DV, DV1, DV2, out2)
+            _store_out(o_ptr, o2, 1.0 / safe, m_begin, queries, R * GROUPS, g, R, 64, DV, DV1, DV2, out2)
+        item -= step
+
+
+@gluon.jit
+def _row_products(
+    q1, q2, k1, k2, at, slot, DK2: gl.constexpr, BN: gl.constexpr, layout: gl.constexpr
+):  # fmt: skip
+    """Starts S = Q K^T."""
+    s = gl.zeros([64, BN], gl.float32, layout)
+    s = warpgroup_mma(q1.index(at), k1.index(slot).permute((1, 0)), s, use_acc=False, is_async=True)
+    if DK2 > 0:
+        s = warpgroup_mma(q2.index(at), k2.index(slot).permute((1, 0)), s, is_async=True)
+    return s
+
+
+@gluon.jit
+def _weigh(s, n0, inner, outer, lo, hi, top, total, factor, BN: gl.constexpr, layout: gl.constexpr):
+    """A step of the online softmax: weights, largest exponent, sum, factor of the output so far."""
+    if (n0 < inner) | (n0 + BN > outer):
+        n = n0 + gl.arange(0, BN, gl.SliceLayout(0, layout))
+        s = gl.where((n[None, :] >= lo[:, None]) & (n[None, :] < hi[:, None]), s, float("-inf"))
+    above = gl.maximum(top, gl.max(s, 1) * factor)
+    safe = gl.where(above == float("-inf"), 0.0, above)  # -inf - (-inf) would be NaN
+    s = gl.exp2(s * factor - safe[:, None])
+    shrink = gl.exp2(top - safe)
+    return s, above, total * shrink + gl.sum(s, 1), shrink
 
 
 @gluon.jit
 def range_forward_kernel(
-    q1_desc, q2_desc, k1_desc, k2_desc, v1_desc, v2_desc, lo_ptr, hi_ptr, o_ptr, lse_ptr, row_tiles, groups, queries,
-    heads, k_head, v_head, scale,
-    R: gl.constexpr, DK: gl.constexpr, DK1: gl.constexpr, DK2: gl.constexpr,
+    q1_desc, q2_desc, k1_desc, k2_desc, v1_desc, v2_desc, lo_ptr, hi_ptr, o_ptr, lse_ptr, items, queries,
+    k_head, v_head, scale,
+    R: gl.constexpr, GROUPS: gl.constexpr, DK: gl.constexpr, DK1: gl.constexpr, DK2: gl.constexpr,
     DV: gl.constexpr, DV1: gl.constexpr, DV2: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
     SLOTS: gl.constexpr,
 ):  # fmt: skip
@@ -202,7 +235,7 @@ def range_forward_kernel(
     neighbouring queries, which see the same keys.
     """
     dtype: gl.constexpr = k1_desc.dtype
-    first, step = gl.program_id(0), gl.num_programs(0)
+    item, step = items - 1 - gl.program_id(0), gl.num_programs(0)  # late queries see most: first
     k1 = gl.allocate_shared_memory(dtype, [STAGES, BN, DK1], k1_desc.layout)
     k2 = gl.allocate_shared_memory(dtype, [STAGES, BN if DK2 > 0 else 8, DK2 if DK2 > 0 else 64], k2_desc.layout)
     v1 = gl.allocate_shared_memory(dtype, [STAGES, BN, DV1], v1_desc.layout)
@@ -229,14 +262,14 @@ def range_forward_kernel(
     gl.warp_specialize(
         [
             (_attend, (0, q1, q2, k1, k2, v1, v2, q_full, q_empty, k_full, k_empty, v_full, v_empty, lo_ptr, hi_ptr,
-                       o_ptr, lse_ptr, first, step, row_tiles, groups, queries, heads, scale, R, DK1, DK2, DV, DV1,
+                       o_ptr, lse_ptr, item, step, queries, scale, R, GROUPS, DK1, DK2, DV, DV1,
                        DV2, BN, STAGES, SLOTS)),
             (_attend, (1, q1, q2, k1, k2, v1, v2, q_full, q_empty, k_full, k_empty, v_full, v_empty, lo_ptr, hi_ptr,
-                       o_ptr, lse_ptr, first, step, row_tiles, groups, queries, heads, scale, R, DK1, DK2, DV, DV1,
+                       o_ptr, lse_ptr, item, step, queries, scale, R, GROUPS, DK1, DK2, DV, DV1,
                        DV2, BN, STAGES, SLOTS)),
             (_feed, (q1_desc, q2_desc, k1_desc, k2_desc, v1_desc, v2_desc, q1, q2, k1, k2, v1, v2, q_full, q_empty,
-                     k_full, k_empty, v_full, v_empty, lo_ptr, hi_ptr, first, step, row_tiles, groups, queries,
-                     k_head, v_head, R, DK1, DK2, DV1, DV2, BN, STAGES, SLOTS)),
+                     k_full, k_empty, v_full, v_empty, lo_ptr, hi_ptr, item, step, queries,
+                     k_head, v_head, R, GROUPS, DK1, DK2, DV1, DV2, BN, STAGES, SLOTS)),
         ],
         [4, 1],
         [240, 24],
@@ -377,12 +410,12 @@ def row_descriptors(x_SHD: Tensor, r: int, rows: int) -> list[TensorDescriptor]:
 
 def range_forward(q: Tensor, k: Tensor, v: Tensor, ranges: Ranges, scale: float, o: Tensor, lse: Tensor) -> None:
     """`ranged.range_forward` into o and lse, where `ranged._by_gluon`."""
-    (s, h, dk), (_, groups, dv), r = q.shape, v.shape, q.shape[1] // v.shape[1]
+    (s, _, dk), (_, groups, dv), r = q.shape, v.shape, q.shape[1] // v.shape[1]
     meta = tuned("hopper_window" if ranges.longest <= 1024 else "hopper_forward", q, dk, dv)
     bn, stages, row_tiles = meta["BN"], meta["num_stages"], triton.cdiv(s * r, _ROWS)
     taken = stages * bn * (dk + dv) * 2 + 2 * _ROWS * dk * 2 + 4096  # with the rows of two tiles
     count_launch("range_forward")
     range_forward_kernel[(min(processors(q.device), row_tiles * groups),)](
         *row_descriptors(q, r, _ROWS // 2), *descriptors(k, bn), *descriptors(v, bn), ranges.lo_S, ranges.hi_S, o,
-        lse, row_tiles, groups, s, h, k.stride(1), v.stride(1), scale, R=r, **head_sizes(dk, dv), BN=bn,
+        lse, row_tiles * groups, s, k.stride(1), v.stride(1), scale, R=r, GROUPS=groups, **head_sizes(dk, dv), BN=bn,
         STAGES=stages, SLOTS=2 if taken <= _SHARED else 1, num_warps=4)  # fmt: skip
