@@ -46,3 +46,15 @@ def test_a_head_size_that_a_target_cannot_hold_is_refused_by_name() -> None:
         ),
     ):
         tuning.tuned("block_backward", x, 256, 256)
+
+
+@pytest.mark.parametrize(("heads", "module"), [(12, "ranged"), (64, "hopper")])
+def test_hopper_forward_over_ranges_takes_powers_of_two_of_heads(heads: int, module: str) -> None:
+    code = (
+        "import torch; from nsa_dist.kernels import aot\n"
+        f"launches = aot.record('sm_90', ((128, 128), torch.bfloat16, {heads}))\n"
+        "print({x[0].fn.__module__ for n, x in launches.items() if n.split()[0] == 'range_forward_kernel'})"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert found.stdout.strip() == f"{{'nsa_dist.kernels.{module}'}}", found.stderr
