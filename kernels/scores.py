@@ -168,10 +168,11 @@ def select_blocks(
         tiles = min(at_once, len(bounds) - first)
         grid = (tiles, groups, triton.cdiv(width, part))
         if by_gluon:
-            from nsa_dist.kernels import hopper
+            from nsa_dist.kernels.hopper import descriptors
+            from nsa_dist.kernels.hopper_scores import score_sums_kernel as gluon_kernel
 
-            hopper.score_sums_kernel[grid](
-                *hopper.descriptors(k, meta["BN"]), q, lse_SH, lo, hi, bounds, sums, first, h, groups, k.stride(1),
+            gluon_kernel[grid](
+                *descriptors(k, meta["BN"]), q, lse_SH, lo, hi, bounds, sums, first, h, groups, k.stride(1),
                 width, scale, STAGES=meta["num_stages"], num_warps=meta["num_warps"], **sizes)  # fmt: skip
         else:
             score_sums_kernel[grid](
