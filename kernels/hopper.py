@@ -297,14 +297,15 @@ def descriptors(x_NGD: Tensor, rows: int) -> list[TensorDescriptor]:
 
 
 def row_descriptors(x_SHD: Tensor, r: int, rows: int) -> list[TensorDescriptor]:
-    """For tiles of so many rows, the r heads of neighbouring queries, in two pieces."""
-    parts = pieces("", x_SHD.shape[2])
+    """For tiles of so many rows, the r heads of neighbouring queries, in two pieces; x is contiguous."""
+    (_, h, size), parts = x_SHD.shape, pieces("", x_SHD.shape[2])
+    strides = [h * size, size, 1]  # torch's own may be anything where a size is 1
     dtype = gl.bfloat16 if x_SHD.dtype == torch.bfloat16 else gl.float16
     made = []
     for width in (parts["D1"], parts["D2"] or parts["D1"]):
         block = [max(1, rows // r), min(r, rows), width]
         layout: Any = gl.NVMMASharedLayout.get_default_for(block, dtype)
-        made.append(TensorDescriptor(x_SHD, list(x_SHD.shape), list(x_SHD.stride()), block, layout))
+        made.append(TensorDescriptor(x_SHD, list(x_SHD.shape), strides, block, layout))
     return made
 
 
