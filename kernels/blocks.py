@@ -442,14 +442,14 @@ def selected_forward(
     if by_gluon:
         from nsa_dist.kernels import hopper_blocks
 
-        descriptors, constants = hopper_blocks.arguments(q, k, v, r)
+        descriptors, constants = hopper_blocks.arguments(q, k, v, part_o, r)
     count_launch("block_forward")
     for chunk in work.chunks:
         where = (token_S, index.token_N, *edges, work.order, work.start, work.item_start, work.segment)
         which = chunk.number, chunk.first_head, chunk.first_query, work.segments, blocks, work.queries, s, count, h
         if by_gluon:
             hopper_blocks.block_forward_kernel[(work.items,)](
-                *descriptors, *where, part_o, part_lse, *which, scale,
+                *descriptors, *where, part_lse, *which, scale,
                 WIDTH=work.width, num_warps=4, **constants)  # fmt: skip
         else:
             block_forward_kernel[(work.items,)](

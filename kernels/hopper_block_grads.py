@@ -20,11 +20,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from nsa_dist.kernels.hopper import _barrier, _copy_tile, as_tiles
-from nsa_dist.kernels.hopper_blocks import descriptor
+from nsa_dist.kernels.hopper_blocks import copy_back, descriptor
 from nsa_dist.kernels.tile_ops import LOG2E
 from nsa_dist.kernels.tuning import CHUNK
 
-_copy_back = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 ITEM_ROWS = 4096  # queries times heads of a work item (2048: 4% slower)
 _REGISTERS = 168  # of a thread when a program starts: 240 for those that compute
 _SHARED = 226 << 10
@@ -64,7 +63,7 @@ def _feed(
                     to = (gl.load(order_ptr + before + i) - base) * R
                     for piece in gl.static_range(KP):
                         tile = _q_tile(slot, piece, P1, STAGES)
-                        _copy_back(dq_desc, [to, piece * 64], q_rows.index(tile * PICKS + i))
+                        copy_back(dq_desc, [to, piece * 64], q_rows.index(tile * PICKS + i))
             tma.store_wait(0)
         if j < tiles:
             mbarrier.expect(full.index(slot), 64 * (64 * KP + DV) * 2)

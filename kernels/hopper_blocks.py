@@ -1,7 +1,8 @@
 """Gluon, Hopper: the selected branch's forward, block by block, with the queries brought by the copy engine.
 
 The same work items and partial results as in `blocks.py`. A pick's rows of q, the R heads of a group, lie together:
-one warp asks the copy engine for those of the next picks while the others compute. Plain Triton gathers them through
+one warp asks the copy engine for those of the next picks while the others compute. A tile's output takes the place of
+its q, and the same warp sends it from there to the picks' partial results. Plain Triton gathers rows through
 registers and waits.
 """
 
@@ -14,43 +15,64 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from nsa_dist.kernels.hopper import _copy_tile, as_tiles
+from nsa_dist.kernels.hopper import _barrier, _copy_tile, as_tiles
 from nsa_dist.kernels.tile_ops import LOG2E
 from nsa_dist.kernels.tuning import CHUNK
 
-_ROWS = 64  # rows of a tile, and keys of a block at most
-_STAGES = 2  # 1: three programs a multiprocessor instead of two, and 7% slower
+copy_back = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+_STAGES = 3  # tiles of q that are there or under way, where two programs with so many fit into a multiprocessor
+_SHARED = 113 << 10
 _REGISTERS = 96  # of a thread when a program starts (128: 4% slower)
 
 
 @gluon.jit
+def _q_tile(slot, piece: gl.constexpr, VP: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr):
+    """Where 64 columns of a slot's q lie: the first VP side by side, so that an output takes their place."""
+    return slot * VP + piece if piece < VP else STAGES * VP + slot * (TILES - VP) + piece - VP
+
+
+@gluon.jit
 def _feed(
-    q_desc, k_desc, v_desc, q, k, v, q_full, q_empty, kv_full, order_ptr, begin, first, stop, count, all_queries,
-    heads, g, R: gl.constexpr, PIECES: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
+    q_desc, k_desc, v_desc, o_desc, q, k, v, q_full, q_done, kv_full, order_ptr, begin, first, stop, base, count,
+    head_queries, heads, g,
+    R: gl.constexpr, PIECES: gl.constexpr, DV: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The loading warp: the block's keys and values once, then the rows of tile after tile of picks."""
+    """The warp that moves rows: the block's keys and values once, then q of tile after tile of picks, and the output
+    of the tile that had the place before."""
     PICKS: gl.constexpr = 64 // R
+    VP: gl.constexpr = DV // 64
     mbarrier.expect(kv_full, 64 * (64 * PIECES + DV) * 2)
     for piece in gl.static_range(PIECES):
         _copy_tile(k_desc, [begin, piece * 64], kv_full, k.index(piece))
     _copy_tile(v_desc, [begin, 0], kv_full, v)
-    rows = as_tiles(q, STAGES * PIECES * PICKS, R, 64, q)
+    rows = as_tiles(q, STAGES * TILES * PICKS, R, 64, q)
     tiles = (stop - first + PICKS - 1) // PICKS
-    for j in range(tiles):
+    for j in range(tiles + STAGES):
         slot = j % STAGES
-        mbarrier.wait(q_empty.index(slot), ((j // STAGES) & 1) ^ 1)
-        mbarrier.expect(q_full.index(slot), 64 * 64 * PIECES * 2)
-        for i in gl.static_range(PICKS):
-            pick = gl.load(order_ptr + gl.minimum(first + j * PICKS + i, stop - 1))  # beyond the last: it again
-            row = (pick // count - g * all_queries) * heads + g * R
-            for piece in gl.static_range(PIECES):
-                to = rows.index((slot * PIECES + piece) * PICKS + i)
-                _copy_tile(q_desc, [row, piece * 64], q_full.index(slot), to)
+        if j >= STAGES:
+            before = first + (j - STAGES) * PICKS
+            mbarrier.wait(q_done.index(slot), (j // STAGES - 1) & 1)
+            for i in gl.static_range(PICKS):
+                if before + i < stop:
+                    to = (gl.load(order_ptr + before + i) - base) * R
+                    for piece in gl.static_range(VP):
+                        tile = _q_tile(slot, piece, VP, TILES, STAGES)
+                        copy_back(o_desc, [to, piece * 64], rows.index(tile * PICKS + i))
+            tma.store_wait(0)
+        if j < tiles:
+            mbarrier.expect(q_full.index(slot), 64 * 64 * PIECES * 2)
+            for i in gl.static_range(PICKS):
+                pick = gl.load(order_ptr + gl.minimum(first + j * PICKS + i, stop - 1))  # beyond the last: it again
+                row = (pick // count - head_queries) * heads + g * R
+                for piece in gl.static_range(PIECES):
+                    tile = _q_tile(slot, piece, VP, TILES, STAGES)
+                    _copy_tile(q_desc, [row, piece * 64], q_full.index(slot), rows.index(tile * PICKS + i))
 
 
 @gluon.jit
@@ -63,19 +85,19 @@ def _picks(order_ptr, at, stop, R: gl.constexpr, layout: gl.constexpr):
 
 @gluon.jit
 def _attend(
-    q, k, v, q_full, q_empty, kv_full, order_ptr, token_q_ptr, token_k_ptr, part_o_ptr, part_lse_ptr, begin, end,
-    first, stop, base, count, head_queries, scale,
-    R: gl.constexpr, PIECES: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
+    q, k, v, q_full, q_done, kv_full, order_ptr, token_q_ptr, token_k_ptr, part_lse_ptr, begin, end, first, stop,
+    base, count, head_queries, scale,
+    R: gl.constexpr, PIECES: gl.constexpr, DV: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     PICKS: gl.constexpr = 64 // R
+    VP: gl.constexpr = DV // 64
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     out: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
     rows: gl.constexpr = gl.SliceLayout(1, scores)
-    copy: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DV, DV // 8], [4, 1], [1, 0])
     dtype: gl.constexpr = q.dtype
+    outputs = as_tiles(q, STAGES * TILES // VP, 64, DV, q)
     n = begin + gl.arange(0, 64, gl.SliceLayout(0, scores))
     token_N = gl.load(token_k_ptr + n, mask=n < end, other=2147483647).to(gl.int32)
-    d = gl.arange(0, DV, gl.SliceLayout(0, copy))
     factor = scale * LOG2E
     mbarrier.wait(kv_full, 0)
     tiles = (stop - first + PICKS - 1) // PICKS
@@ -83,15 +105,12 @@ def _attend(
         slot, at = j % STAGES, first + j * PICKS
         here, pick, head = _picks(order_ptr, at, stop, R, rows)
         token_M = gl.load(token_q_ptr + pick // count - head_queries, mask=here, other=-1).to(gl.int32)
-        here_o, pick_o, head_o = _picks(order_ptr, at, stop, R, gl.SliceLayout(1, copy))
         mbarrier.wait(q_full.index(slot), (j // STAGES) & 1)
         s = gl.zeros([64, 64], gl.float32, scores)
         for piece in gl.static_range(PIECES):
-            s = warpgroup_mma(
-                q.index(slot * PIECES + piece), k.index(piece).permute((1, 0)), s, use_acc=piece > 0, is_async=True
-            )
+            s = warpgroup_mma(q.index(_q_tile(slot, piece, VP, TILES, STAGES)), k.index(piece).permute((1, 0)), s,
+                              use_acc=piece > 0, is_async=True)  # fmt: skip
         s = warpgroup_mma_wait(0, deps=[s])
-        mbarrier.arrive(q_empty.index(slot), count=1)
         s = gl.where(token_N[None, :] <= token_M[:, None], s * factor, float("-inf"))
         top = gl.max(s, 1)
         safe = gl.where(top == float("-inf"), 0.0, top)  # -inf - (-inf) would be NaN
@@ -104,18 +123,20 @@ def _attend(
         lse = gl.where(total > 0, (top + gl.log2(divide)) / LOG2E, float("-inf"))
         gl.store(part_lse_ptr + (pick - base) * R + head, lse, mask=here)
         o, p = warpgroup_mma_wait(0, deps=[o, p])
-        o = (o * gl.convert_layout(1.0 / divide, gl.SliceLayout(1, out))[:, None]).to(dtype)
-        to_M = ((pick_o - base) * R + head_o) * DV  # below 2**31, see blocks._chunk
-        gl.store(part_o_ptr + to_M[:, None] + d[None, :], gl.convert_layout(o, copy), mask=here_o[:, None],
-                 eviction_policy="evict_first")  # fmt: skip
+        _barrier()  # all have read q
+        outputs.index(slot).store((o * gl.convert_layout(1.0 / divide, gl.SliceLayout(1, out))[:, None]).to(dtype))
+        fence_async_shared()
+        _barrier()
+        mbarrier.arrive(q_done.index(slot), count=1)
 
 
 @gluon.jit(do_not_specialize=CHUNK)
 def block_forward_kernel(
-    q_desc, k_desc, v_desc, token_q_ptr, token_k_ptr, begin_ptr, end_ptr, order_ptr, start_ptr, item_start_ptr,
-    segment_ptr, part_o_ptr, part_lse_ptr, chunk, first_head, first_query, segments, blocks, chunk_queries,
+    q_desc, k_desc, v_desc, o_desc, token_q_ptr, token_k_ptr, begin_ptr, end_ptr, order_ptr, start_ptr,
+    item_start_ptr, segment_ptr, part_lse_ptr, chunk, first_head, first_query, segments, blocks, chunk_queries,
     all_queries, count, heads, scale,
-    R: gl.constexpr, PIECES: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr, WIDTH: gl.constexpr,
+    R: gl.constexpr, PIECES: gl.constexpr, DV: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr,
+    WIDTH: gl.constexpr,
 ):  # fmt: skip
     """As `blocks.block_forward_kernel`, for blocks of at most 64 rows and a power of two of heads."""
     item = gl.load(item_start_ptr + chunk * segments) + gl.program_id(0)
@@ -129,35 +150,36 @@ def block_forward_kernel(
         base = (first_query + first_head * chunk_queries + g * (all_queries - chunk_queries)) * count  # blocks._base
         begin, end = gl.load(begin_ptr + which).to(gl.int32), gl.load(end_ptr + which).to(gl.int32)
         dtype: gl.constexpr = q_desc.dtype
-        q = gl.allocate_shared_memory(dtype, [STAGES * PIECES, 64, 64], k_desc.layout)
+        q = gl.allocate_shared_memory(dtype, [STAGES * TILES, 64, 64], k_desc.layout)
         k = gl.allocate_shared_memory(dtype, [PIECES, 64, 64], k_desc.layout)
         v = gl.allocate_shared_memory(dtype, [64, DV], v_desc.layout)
         q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        q_done = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         kv_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
         for i in gl.static_range(STAGES):
             mbarrier.init(q_full.index(i), count=1)
-            mbarrier.init(q_empty.index(i), count=1)
+            mbarrier.init(q_done.index(i), count=1)
         mbarrier.init(kv_full, count=1)
         fence_async_shared()
         gl.warp_specialize(
             [
-                (_attend, (q, k, v, q_full, q_empty, kv_full, order_ptr, token_q_ptr, token_k_ptr, part_o_ptr,
-                           part_lse_ptr, begin, end, first, stop, base, count, g * all_queries, scale, R,
-                           PIECES, DV, STAGES)),
-                (_feed, (q_desc, k_desc, v_desc, q, k, v, q_full, q_empty, kv_full, order_ptr, begin, first, stop,
-                         count, all_queries, heads, g, R, PIECES, DV, STAGES)),
+                (_attend, (q, k, v, q_full, q_done, kv_full, order_ptr, token_q_ptr, token_k_ptr, part_lse_ptr, begin,
+                           end, first, stop, base, count, g * all_queries, scale, R, PIECES, DV, TILES, STAGES)),
+                (_feed, (q_desc, k_desc, v_desc, o_desc, q, k, v, q_full, q_done, kv_full, order_ptr, begin, first,
+                         stop, base, count, g * all_queries, heads, g, R, PIECES, DV, TILES, STAGES)),
             ],
             [1],
             [24],
         )  # fmt: skip
 
 
-def arguments(q: Tensor, k: Tensor, v: Tensor, r: int) -> tuple[list[Any], dict[str, int]]:
+def arguments(q: Tensor, k: Tensor, v: Tensor, part_o: Tensor, r: int) -> tuple[list[Any], dict[str, int]]:
     """Descriptors, and what is compiled in beside the work items' width."""
-    flat = q.view(-1, q.shape[-1])
-    made = [descriptor(flat, r, 64), descriptor(k, _ROWS, 64), descriptor(v, _ROWS, v.shape[1])]
-    return made, {"R": r, "PIECES": k.shape[1] // 64, "DV": v.shape[1], "STAGES": _STAGES, "maxnreg": _REGISTERS}
+    flat, pieces, dv = q.view(-1, q.shape[-1]), k.shape[1] // 64, v.shape[1]
+    made = [descriptor(flat, r, 64), descriptor(k, 64, 64), descriptor(v, 64, dv), descriptor(part_o, r, 64)]
+    tiles = max(pieces, dv // 64)
+    stages = min(_STAGES, (_SHARED - 64 * 2 * (64 * pieces + dv)) // (64 * 2 * 64 * tiles))
+    return made, {"R": r, "PIECES": pieces, "DV": dv, "TILES": tiles, "STAGES": stages, "maxnreg": _REGISTERS}
 
 
 def descriptor(x_ND: Tensor, rows: int, width: int) -> TensorDescriptor:
