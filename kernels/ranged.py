@@ -214,21 +214,23 @@ def range_backward(
     splits, split_queries = _splits(s, keys, groups, narrow)
     d_k = k.new_empty(splits, keys, groups, dk, dtype=torch.float32)
     d_v = v.new_empty(splits, keys, groups, dv, dtype=torch.float32)
-    if s:
+    by_gluon = s > 0 and _by_gluon(k, v, q, do) and dk <= 192 and dv in (64, 128)  # what the registers hold
+    shared = (k.stride(0), k.stride(1), v.stride(0), v.stride(1), scale)
+    sizes = {"R": h // groups, "PREC": precision(q), **head_sizes(dk, dv)}
+    if by_gluon:
+        from nsa_dist.kernels import hopper_query_grads, hopper_range_grads
+
+        hopper_query_grads.range_dq(q, do, k, v, rows, ranges, scale, dq, add)
+        hopper_range_grads.range_dkv(q, do, k, v, rows, ranges, scale, d_k, d_v, split_queries)
+    elif s:
         meta = tuned("range_dq", q, dk, dv)
-        shared = (k.stride(0), k.stride(1), v.stride(0), v.stride(1), scale)
-        sizes = {"R": h // groups, "PREC": precision(q), **head_sizes(dk, dv)}
         count_launch("range_dq")
         range_dq_kernel[(triton.cdiv(s * (h // groups), meta["BM"]), groups)](
             do, q, k, v, *rows, ranges.lo_S, ranges.hi_S, dq, s, h, *shared,
             ADD=add, **sizes, **meta)  # fmt: skip
     if not keys or not s:
         return dq, d_k.new_zeros(d_k.shape[1:]), d_v.new_zeros(d_v.shape[1:])
-    if _by_gluon(k, v, q, do) and dk <= 192 and dv in (64, 128):  # head sizes that the registers hold
-        from nsa_dist.kernels import hopper_range_grads
-
-        hopper_range_grads.range_dkv(q, do, k, v, rows, ranges, scale, d_k, d_v, split_queries)
-    else:
+    if not by_gluon:
         meta = tuned("range_dkv", q, dk, dv)
         count_launch("range_dkv")
         range_dkv_kernel[(triton.cdiv(keys, meta["BN"]), groups, splits)](
