@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from nsa_dist.kernels.hopper import _barrier, _copy_tile, as_tiles
-from nsa_dist.kernels.hopper_blocks import copy_back, descriptor
+from nsa_dist.kernels.hopper_blocks import copy_back, descriptor, picks_of
 from nsa_dist.kernels.tile_ops import LOG2E
 from nsa_dist.kernels.tuning import CHUNK
 
@@ -76,12 +76,6 @@ def _feed(
                 for piece in gl.static_range(VP):
                     tile = slot * VP + piece
                     _copy_tile(do_desc, [row, piece * 64], full.index(slot), do_rows.index(tile * PICKS + i))
-
-
-@gluon.jit
-def _picks(order_ptr, at, stop, R: gl.constexpr, layout: gl.constexpr):
-    i = at + gl.arange(0, 64, layout) // R
-    return gl.load(order_ptr + i, mask=i < stop, other=0)
 
 
 @gluon.jit
@@ -141,10 +135,10 @@ def _differentiate(
     dq2 = gl.zeros([64, 64], gl.float32, scores)
     factor = scale * LOG2E
     tiles = (stop - first + PICKS - 1) // PICKS
-    pick = _picks(order_ptr, first, stop, R, rows)
+    pick = picks_of(order_ptr, first, stop, R, rows)
     lse2, delta, gate, token_M = _vectors(pick, first, stop, lse_ptr, delta_ptr, gate_ptr, token_q_ptr, count,
                                           head_queries, heads, g, R, rows)  # fmt: skip
-    pick = _picks(order_ptr, first + PICKS, stop, R, rows)
+    pick = picks_of(order_ptr, first + PICKS, stop, R, rows)
     mbarrier.wait(kv_full, 0)
     for j in range(tiles):
         slot = j % STAGES
@@ -161,7 +155,7 @@ def _differentiate(
         next_lse2, next_delta, next_gate, next_token_M = _vectors(
             pick, at, stop, lse_ptr, delta_ptr, gate_ptr, token_q_ptr, count, head_queries, heads, g, R, rows
         )
-        pick = _picks(order_ptr, at + PICKS, stop, R, rows)
+        pick = picks_of(order_ptr, at + PICKS, stop, R, rows)
         s = warpgroup_mma_wait(1, deps=[s])
         p = gl.exp2(s * factor - lse2[:, None])
         p = gl.where(token_N[None, :] <= token_M[:, None], p, 0.0) * gate[:, None]

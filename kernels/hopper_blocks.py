@@ -76,11 +76,17 @@ def _feed(
 
 
 @gluon.jit
-def _picks(order_ptr, at, stop, R: gl.constexpr, layout: gl.constexpr):
-    """Of a tile's 64 rows: whether there is one, its pick, its head of the group."""
-    m = gl.arange(0, 64, layout)
-    here = at + m // R < stop
-    return here, gl.load(order_ptr + at + m // R, mask=here, other=0), m % R
+def picks_of(order_ptr, at, stop, R: gl.constexpr, layout: gl.constexpr):
+    """Of a tile's 64 rows the picks, 0 where there is none."""
+    i = at + gl.arange(0, 64, layout) // R
+    return gl.load(order_ptr + i, mask=i < stop, other=0)
+
+
+@gluon.jit
+def _tokens(token_ptr, pick, at, stop, count, head_queries, R: gl.constexpr, layout: gl.constexpr):
+    """The queries' tokens, -1 where there is no row."""
+    here = at + gl.arange(0, 64, layout) // R < stop
+    return gl.load(token_ptr + pick // count - head_queries, mask=here, other=-1).to(gl.int32)
 
 
 @gluon.jit
@@ -99,17 +105,22 @@ def _attend(
     n = begin + gl.arange(0, 64, gl.SliceLayout(0, scores))
     token_N = gl.load(token_k_ptr + n, mask=n < end, other=2147483647).to(gl.int32)
     factor = scale * LOG2E
-    mbarrier.wait(kv_full, 0)
     tiles = (stop - first + PICKS - 1) // PICKS
+    m = gl.arange(0, 64, rows)
+    pick = picks_of(order_ptr, first, stop, R, rows)
+    token_M = _tokens(token_q_ptr, pick, first, stop, count, head_queries, R, rows)
+    next_pick = picks_of(order_ptr, first + PICKS, stop, R, rows)
+    mbarrier.wait(kv_full, 0)
     for j in range(tiles):
         slot, at = j % STAGES, first + j * PICKS
-        here, pick, head = _picks(order_ptr, at, stop, R, rows)
-        token_M = gl.load(token_q_ptr + pick // count - head_queries, mask=here, other=-1).to(gl.int32)
         mbarrier.wait(q_full.index(slot), (j // STAGES) & 1)
         s = gl.zeros([64, 64], gl.float32, scores)
         for piece in gl.static_range(PIECES):
             s = warpgroup_mma(q.index(_q_tile(slot, piece, VP, TILES, STAGES)), k.index(piece).permute((1, 0)), s,
                               use_acc=piece > 0, is_async=True)  # fmt: skip
+        # Of the next tiles, while this one is worked on; of no tile after the last.
+        next_token_M = _tokens(token_q_ptr, next_pick, at + PICKS, stop, count, head_queries, R, rows)
+        later_pick = picks_of(order_ptr, at + 2 * PICKS, stop, R, rows)
         s = warpgroup_mma_wait(0, deps=[s])
         s = gl.where(token_N[None, :] <= token_M[:, None], s * factor, float("-inf"))
         top = gl.max(s, 1)
@@ -121,13 +132,14 @@ def _attend(
         o = warpgroup_mma(p, v, o, use_acc=False, is_async=True)
         divide = gl.where(total > 0, total, 1.0)
         lse = gl.where(total > 0, (top + gl.log2(divide)) / LOG2E, float("-inf"))
-        gl.store(part_lse_ptr + (pick - base) * R + head, lse, mask=here)
+        gl.store(part_lse_ptr + (pick - base) * R + m % R, lse, mask=at + m // R < stop)
         o, p = warpgroup_mma_wait(0, deps=[o, p])
         _barrier()  # all have read q
         outputs.index(slot).store((o * gl.convert_layout(1.0 / divide, gl.SliceLayout(1, out))[:, None]).to(dtype))
         fence_async_shared()
         _barrier()
         mbarrier.arrive(q_done.index(slot), count=1)
+        pick, next_pick, token_M = next_pick, later_pick, next_token_M
 
 
 @gluon.jit(do_not_specialize=CHUNK)
