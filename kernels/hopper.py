@@ -24,14 +24,14 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nsa_dist.kernels.tile_ops import LOG2E
 from nsa_dist.kernels.tiled import Ranges
-from nsa_dist.kernels.tuning import count_launch, head_sizes, pieces, processors, tuned
+from nsa_dist.kernels.tuning import count_launch, head_sizes, pieces, programs, tuned
 
 # Their names in Triton 3.9, and before.
 _copy_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 _PUBLIC = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
-_ROWS = 128  # of a tile of `range_forward_kernel`
+ROWS = 128  # of a tile of queries
 _SHARED = 232448  # bytes of shared memory that a program has
 
 
@@ -313,10 +313,10 @@ def range_forward(q: Tensor, k: Tensor, v: Tensor, ranges: Ranges, scale: float,
     """`ranged.range_forward` into o and lse, where `ranged._by_gluon`."""
     (s, _, dk), (_, groups, dv), r = q.shape, v.shape, q.shape[1] // v.shape[1]
     meta = tuned("hopper_window" if ranges.longest <= 1024 else "hopper_forward", q, dk, dv)
-    bn, stages, row_tiles = meta["BN"], meta["num_stages"], triton.cdiv(s * r, _ROWS)
-    taken = stages * bn * (dk + dv) * 2 + 2 * _ROWS * dk * 2 + 4096  # with the rows of two tiles
+    bn, stages, items = meta["BN"], meta["num_stages"], triton.cdiv(s * r, ROWS) * groups
+    taken = stages * bn * (dk + dv) * 2 + 2 * ROWS * dk * 2 + 4096  # with the rows of two tiles
     count_launch("range_forward")
-    range_forward_kernel[(min(processors(q.device), row_tiles * groups),)](
-        *row_descriptors(q, r, _ROWS // 2), *descriptors(k, bn), *descriptors(v, bn), ranges.lo_S, ranges.hi_S, o,
-        lse, row_tiles * groups, s, k.stride(1), v.stride(1), scale, R=r, GROUPS=groups, **head_sizes(dk, dv), BN=bn,
+    range_forward_kernel[(programs(items, ranges.longest, q.device),)](
+        *row_descriptors(q, r, ROWS // 2), *descriptors(k, bn), *descriptors(v, bn), ranges.lo_S, ranges.hi_S, o,
+        lse, items, s, k.stride(1), v.stride(1), scale, R=r, GROUPS=groups, **head_sizes(dk, dv), BN=bn,
         STAGES=stages, SLOTS=2 if taken <= _SHARED else 1, num_warps=4)  # fmt: skip

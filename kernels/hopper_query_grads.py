@@ -2,8 +2,8 @@
 
 The same sums as in `ranged.range_dq_kernel`. Two warp groups of 64 rows each, and a warp that brings both the same
 keys and values by the copy engine. A group's scores and dP become dS, the left operand of the product with the keys,
-in its own registers. A program for each multiprocessor goes from tile to tile of 128 rows of queries; the next tile's
-rows and the first keys that it sees come while this one's last products are computed.
+in its own registers. A program goes from tile to tile of 128 rows of queries; the next tile's rows and the first keys
+that it sees come while this one's last products are computed.
 """
 
 import triton
@@ -17,25 +17,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from nsa_dist.kernels.hopper import _copy_tile, as_tiles, descriptors, row_descriptors
+from nsa_dist.kernels.hopper import ROWS, _copy_tile, _row_tile, as_tiles, descriptors, row_descriptors
 from nsa_dist.kernels.tile_ops import LOG2E
 from nsa_dist.kernels.tiled import Ranges
-from nsa_dist.kernels.tuning import count_launch, head_sizes, processors
+from nsa_dist.kernels.tuning import count_launch, head_sizes, programs
 
 _STAGES = 3  # tiles of keys that are there or under way
-
-
-@gluon.jit
-def _query_tile(
-    t, tiles, lo_ptr, hi_ptr, queries, groups, R: gl.constexpr, BN: gl.constexpr
-):  # fmt: skip
-    """Of the t-th tile of 128 rows: its KV head, its first row, the keys [start, …) in tiles that it sees, of which
-    [inner, outer) are seen by all. Late queries, which see most, come first; lo and hi never fall."""
-    g, m0 = t % groups, (tiles - 1 - t // groups) * 128
-    s0, s1 = m0 // R, gl.minimum((m0 + 127) // R, queries - 1)
-    start, inner = gl.load(lo_ptr + s0).to(gl.int32), gl.load(lo_ptr + s1).to(gl.int32)
-    outer, end = gl.load(hi_ptr + s0).to(gl.int32), gl.load(hi_ptr + s1).to(gl.int32)
-    return g, m0, start, inner, outer, (gl.maximum(end - start, 0) + BN - 1) // BN
 
 
 @gluon.jit
@@ -55,13 +42,14 @@ def _fetch_keys(
 @gluon.jit
 def _feed(
     q1_desc, q2_desc, do_desc, k1_desc, k2_desc, v_desc, q1, q2, do, k1, k2, v, rows_full, rows_empty, full, empty,
-    lo_ptr, hi_ptr, queries, groups, tiles, k_head, v_head,
-    R: gl.constexpr, DK1: gl.constexpr, DK2: gl.constexpr, DV: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+    lo_ptr, hi_ptr, queries, items, k_head, v_head,
+    R: gl.constexpr, GROUPS: gl.constexpr, DK1: gl.constexpr, DK2: gl.constexpr, DV: gl.constexpr, BN: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """The warp that brings the rows of tile after tile of queries, and the keys and values that each sees."""
     count = 0
-    for t in range(gl.program_id(0), tiles * groups, gl.num_programs(0)):
-        g, m0, start, _, _, key_tiles = _query_tile(t, tiles, lo_ptr, hi_ptr, queries, groups, R, BN)
+    for t in range(gl.program_id(0), items, gl.num_programs(0)):  # late queries see most: first
+        m0, g, start, _, _, key_tiles = _row_tile(items - 1 - t, queries, lo_ptr, hi_ptr, R, GROUPS, BN)
         if key_tiles > 0:  # the first keys before the rows, for which the tile before must be done
             _fetch_keys(k1_desc, k2_desc, v_desc, k1, k2, v, full, empty, count, start, g * k_head, g * v_head, DK1,
                         DK2, DV, BN, STAGES)  # fmt: skip
@@ -82,9 +70,9 @@ def _feed(
 @gluon.jit
 def _differentiate(
     half, q1, q2, do, k1, k2, v, rows_full, rows_empty, full, empty, lse_ptr, delta_ptr, gate_ptr, lo_ptr, hi_ptr,
-    dq_ptr, queries, groups, heads, tiles, scale,
-    R: gl.constexpr, DK: gl.constexpr, DK1: gl.constexpr, DK2: gl.constexpr, DV: gl.constexpr, BN: gl.constexpr,
-    STAGES: gl.constexpr, ADD: gl.constexpr,
+    dq_ptr, queries, items, scale,
+    R: gl.constexpr, GROUPS: gl.constexpr, DK: gl.constexpr, DK1: gl.constexpr, DK2: gl.constexpr, DV: gl.constexpr,
+    BN: gl.constexpr, STAGES: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
     """A warp group: 64 rows of each tile."""
     W2: gl.constexpr = DK2 if DK2 > 0 else 16
@@ -98,11 +86,11 @@ def _differentiate(
     do = as_tiles(do, 2, 64, DV, v).index(half)
     factor = scale * LOG2E
     count = 0
-    for t in range(gl.program_id(0), tiles * groups, gl.num_programs(0)):
-        g, m0, start, inner, outer, key_tiles = _query_tile(t, tiles, lo_ptr, hi_ptr, queries, groups, R, BN)
+    for t in range(gl.program_id(0), items, gl.num_programs(0)):  # late queries see most: first
+        m0, g, start, inner, outer, key_tiles = _row_tile(items - 1 - t, queries, lo_ptr, hi_ptr, R, GROUPS, BN)
         m = m0 + half * 64 + gl.arange(0, 64, rows)
         here = m // R < queries
-        row = (m // R).to(gl.int64) * heads + g * R + m % R
+        row = (m // R).to(gl.int64) * (R * GROUPS) + g * R + m % R
         lse2 = gl.load(lse_ptr + row, mask=here, other=float("inf")) * LOG2E
         delta = gl.load(delta_ptr + row, mask=here, other=0.0)
         lo = gl.load(lo_ptr + m // R, mask=here, other=0).to(gl.int32)
@@ -139,9 +127,9 @@ def _differentiate(
             mbarrier.arrive(empty.index(slot), count=1)
             count += 1
         times = gl.load(gate_ptr + row, mask=here, other=0.0) * scale
-        _store_queries(dq_ptr, dq1, times, m0 + half * 64, queries, heads, g, R, DK, 0, DK1, ADD, wide1)
+        _store_queries(dq_ptr, dq1, times, m0 + half * 64, queries, R * GROUPS, g, R, DK, 0, DK1, ADD, wide1)
         if DK2 > 0:
-            _store_queries(dq_ptr, dq2, times, m0 + half * 64, queries, heads, g, R, DK, DK1, DK2, ADD, wide2)
+            _store_queries(dq_ptr, dq2, times, m0 + half * 64, queries, R * GROUPS, g, R, DK, DK1, DK2, ADD, wide2)
 
 
 @gluon.jit
@@ -163,11 +151,11 @@ def _store_queries(
 @gluon.jit
 def range_dq_kernel(
     q1_desc, q2_desc, do_desc, k1_desc, k2_desc, v_desc, lse_ptr, delta_ptr, gate_ptr, lo_ptr, hi_ptr, dq_ptr,
-    queries, groups, heads, tiles, k_head, v_head, scale,
-    R: gl.constexpr, DK: gl.constexpr, DK1: gl.constexpr, DK2: gl.constexpr, DV: gl.constexpr, BN: gl.constexpr,
-    STAGES: gl.constexpr, ADD: gl.constexpr,
+    queries, items, k_head, v_head, scale,
+    R: gl.constexpr, GROUPS: gl.constexpr, DK: gl.constexpr, DK1: gl.constexpr, DK2: gl.constexpr, DV: gl.constexpr,
+    BN: gl.constexpr, STAGES: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
-    """As `ranged.range_dq_kernel`; tiles: of 128 rows of a KV head."""
+    """As `ranged.range_dq_kernel`; items: tiles of 128 rows of a KV head."""
     dtype: gl.constexpr = k1_desc.dtype
     q1 = gl.allocate_shared_memory(dtype, [2, 64 // R, R, DK1], q1_desc.layout)
     q2 = gl.allocate_shared_memory(dtype, [2 if DK2 > 0 else 1, 64 // R, R, q2_desc.block_shape[2]], q2_desc.layout)
@@ -189,15 +177,15 @@ def range_dq_kernel(
     fence_async_shared()
     gl.warp_specialize(
         [
-            (_differentiate, (0, q1, q2, do, k1, k2, v, rows_full, rows_empty, full, empty, lse_ptr,
-                                      delta_ptr, gate_ptr, lo_ptr, hi_ptr, dq_ptr, queries, groups, heads, tiles,
-                                      scale, R, DK, DK1, DK2, DV, BN, STAGES, ADD)),
-            (_differentiate, (1, q1, q2, do, k1, k2, v, rows_full, rows_empty, full, empty, lse_ptr,
-                                      delta_ptr, gate_ptr, lo_ptr, hi_ptr, dq_ptr, queries, groups, heads, tiles,
-                                      scale, R, DK, DK1, DK2, DV, BN, STAGES, ADD)),
+            (_differentiate, (0, q1, q2, do, k1, k2, v, rows_full, rows_empty, full, empty, lse_ptr, delta_ptr,
+                              gate_ptr, lo_ptr, hi_ptr, dq_ptr, queries, items, scale, R, GROUPS, DK, DK1, DK2, DV,
+                              BN, STAGES, ADD)),
+            (_differentiate, (1, q1, q2, do, k1, k2, v, rows_full, rows_empty, full, empty, lse_ptr, delta_ptr,
+                              gate_ptr, lo_ptr, hi_ptr, dq_ptr, queries, items, scale, R, GROUPS, DK, DK1, DK2, DV,
+                              BN, STAGES, ADD)),
             (_feed, (q1_desc, q2_desc, do_desc, k1_desc, k2_desc, v_desc, q1, q2, do, k1, k2, v, rows_full,
-                          rows_empty, full, empty, lo_ptr, hi_ptr, queries, groups, tiles, k_head, v_head, R, DK1,
-                          DK2, DV, BN, STAGES)),
+                     rows_empty, full, empty, lo_ptr, hi_ptr, queries, items, k_head, v_head, R, GROUPS, DK1, DK2, DV,
+                     BN, STAGES)),
         ],
         [4, 1],
         [240, 24],
@@ -209,10 +197,10 @@ def range_dq(
     add: bool,
 ) -> None:  # fmt: skip
     """Writes dq, or adds to it, where `ranged._by_gluon`."""
-    (s, h, dk), (groups, dv), r = q.shape, v.shape[1:], q.shape[1] // v.shape[1]
-    sizes, tiles = head_sizes(dk, dv), triton.cdiv(s * r, 128)
+    (s, _, dk), (groups, dv), r = q.shape, v.shape[1:], q.shape[1] // v.shape[1]
+    sizes, items = head_sizes(dk, dv), triton.cdiv(s * r, ROWS) * groups
     descs = *row_descriptors(q, r, 64), row_descriptors(do, r, 64)[0], *descriptors(k, 64), descriptors(v, 64)[0]
     count_launch("range_dq")
-    range_dq_kernel[(min(tiles * groups, processors(q.device)),)](
-        *descs, *rows, ranges.lo_S, ranges.hi_S, dq, s, groups, h, tiles, k.stride(1), v.stride(1), scale, R=r, DK=dk,
-        DK1=sizes["DK1"], DK2=sizes["DK2"], DV=dv, BN=64, STAGES=_STAGES, ADD=add, num_warps=4)  # fmt: skip
+    range_dq_kernel[(programs(items, ranges.longest, q.device),)](
+        *descs, *rows, ranges.lo_S, ranges.hi_S, dq, s, items, k.stride(1), v.stride(1), scale, R=r, GROUPS=groups,
+        DK=dk, DK1=sizes["DK1"], DK2=sizes["DK2"], DV=dv, BN=64, STAGES=_STAGES, ADD=add, num_warps=4)  # fmt: skip

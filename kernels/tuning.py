@@ -74,9 +74,12 @@ def _target(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def processors(device: torch.device) -> int:
-    """Multiprocessors, for kernels of one program on each."""
-    return 132 if compile_target else torch.cuda.get_device_properties(device).multi_processor_count
+def programs(tiles: int, keys: int, device: torch.device) -> int:
+    """Of a kernel whose programs go from tile to tile of queries that see so many keys: at least one for each
+    multiprocessor; each has some 16k keys to go over, no more: NCCL's kernels wait for a program, not for all."""
+    most = 132 if compile_target else torch.cuda.get_device_properties(device).multi_processor_count
+    each = max(1, min(16, 16384 // max(1, keys)))
+    return min(tiles, max(most, -(-tiles // each)))
 
 
 def on_hopper(q: Tensor, *kv: Tensor) -> bool:
