@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from nsa_dist.kernels.hopper import _barrier, _copy_tile, as_tiles
-from nsa_dist.kernels.hopper_blocks import copy_back, descriptor, picks_of
+from nsa_dist.kernels.hopper_blocks import copy_back, descriptor, parts_of, picks_of, piece_of
 from nsa_dist.kernels.tile_ops import LOG2E
 from nsa_dist.kernels.tuning import CHUNK
 
@@ -31,26 +31,21 @@ _STAGES = 3  # tiles of q and do that are there or under way, if they fit
 
 
 @gluon.jit
-def _q_tile(slot, piece: gl.constexpr, P1: gl.constexpr, STAGES: gl.constexpr):
-    """Where 64 columns of a slot's q lie: the first P1 of a slot side by side, so that they are one operand."""
-    return slot * P1 + piece if piece < P1 else STAGES * P1 + slot
-
-
-@gluon.jit
 def _feed(
-    q_desc, do_desc, k_desc, v_desc, dq_desc, q, do, k, v, full, done, kv_full, order_ptr, begin, first, stop, base,
-    count, head_queries, heads, g,
+    q_desc, do_desc, k_desc, v_desc, dq_desc, q, q_rest, do, k, k_rest, v, full, done, kv_full, order_ptr, begin,
+    first, stop, base, count, head_queries, heads, g,
     R: gl.constexpr, P1: gl.constexpr, KP: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The warp that moves rows: the block's keys and values once, then q and do of tile after tile of picks, and dq
     of the tile that had the place before."""
     PICKS: gl.constexpr = 64 // R
     VP: gl.constexpr = DV // 64
-    q_rows = as_tiles(q, STAGES * KP * PICKS, R, 64, q)
+    REST: gl.constexpr = KP - P1
+    rows, rest = parts_of(q, q_rest, STAGES, P1, REST, R)
     do_rows = as_tiles(do, STAGES * VP * PICKS, R, 64, do)
     mbarrier.expect(kv_full, 64 * (64 * KP + DV) * 2)
     for piece in gl.static_range(KP):
-        _copy_tile(k_desc, [begin, piece * 64], kv_full, k.index(piece))
+        _copy_tile(k_desc, [begin, piece * 64], kv_full, piece_of(k, k_rest, 0, piece, 0, P1, REST, 1))
     _copy_tile(v_desc, [begin, 0], kv_full, v)
     tiles = (stop - first + PICKS - 1) // PICKS
     for j in range(tiles + STAGES):
@@ -62,8 +57,7 @@ def _feed(
                 if before + i < stop:
                     to = (gl.load(order_ptr + before + i) - base) * R
                     for piece in gl.static_range(KP):
-                        tile = _q_tile(slot, piece, P1, STAGES)
-                        copy_back(dq_desc, [to, piece * 64], q_rows.index(tile * PICKS + i))
+                        copy_back(dq_desc, [to, piece * 64], piece_of(rows, rest, slot, piece, i, P1, REST, PICKS))
             tma.store_wait(0)
         if j < tiles:
             mbarrier.expect(full.index(slot), 64 * (64 * KP + DV) * 2)
@@ -71,8 +65,8 @@ def _feed(
                 pick = gl.load(order_ptr + gl.minimum(first + j * PICKS + i, stop - 1))  # beyond the last: it again
                 row = (pick // count - head_queries) * heads + g * R
                 for piece in gl.static_range(KP):
-                    tile = _q_tile(slot, piece, P1, STAGES)
-                    _copy_tile(q_desc, [row, piece * 64], full.index(slot), q_rows.index(tile * PICKS + i))
+                    _copy_tile(q_desc, [row, piece * 64], full.index(slot),
+                               piece_of(rows, rest, slot, piece, i, P1, REST, PICKS))  # fmt: skip
                 for piece in gl.static_range(VP):
                     tile = slot * VP + piece
                     _copy_tile(do_desc, [row, piece * 64], full.index(slot), do_rows.index(tile * PICKS + i))
@@ -112,7 +106,8 @@ def _store_grad(
 
 @gluon.jit
 def _differentiate(
-    q, do, k, v, p_tile, ds_tile, full, done, kv_full, order_ptr, lse_ptr, delta_ptr, gate_ptr, token_q_ptr,
+    q, q_rest, do, k, k_rest, v, p_tile, ds_tile, full, done, kv_full, order_ptr, lse_ptr, delta_ptr, gate_ptr,
+    token_q_ptr,
     token_k_ptr, dk_ptr, dv_ptr, part_dk_ptr, part_dv_ptr, begin, end, first, stop, count, head_queries, heads, g,
     part_row, alone, scale,
     R: gl.constexpr, P1: gl.constexpr, KP: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
@@ -125,8 +120,7 @@ def _differentiate(
     wide_v: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, DV // 2, 16])
     rows: gl.constexpr = gl.SliceLayout(1, scores)
     dtype: gl.constexpr = q.dtype
-    q1, q2 = as_tiles(q, STAGES * KP // P1, 64, DK1, q), as_tiles(q, STAGES * KP, 64, 64, q)
-    k1, k2 = as_tiles(k, KP // P1, 64, DK1, k).index(0), k.index(KP - 1)
+    q1, k1, k2 = as_tiles(q, STAGES, 64, DK1, q), as_tiles(k, 1, 64, DK1, k).index(0), k_rest.index(0)
     n = begin + gl.arange(0, 64, gl.SliceLayout(0, scores))
     token_N = gl.load(token_k_ptr + n, mask=n < end, other=2147483647).to(gl.int32)
     dk1 = gl.zeros([64, DK1], gl.float32, wide)
@@ -142,7 +136,7 @@ def _differentiate(
     mbarrier.wait(kv_full, 0)
     for j in range(tiles):
         slot = j % STAGES
-        rest = q2.index(STAGES * P1 + slot if KP > P1 else 0)
+        rest = q_rest.index(slot)
         mbarrier.wait(full.index(slot), (j // STAGES) & 1)
         s = gl.zeros([64, 64], gl.float32, scores)
         s = warpgroup_mma(q1.index(slot), k1.permute((1, 0)), s, use_acc=False, is_async=True)
@@ -212,9 +206,13 @@ def block_backward_kernel(
         begin, end = gl.load(begin_ptr + which).to(gl.int32), gl.load(end_ptr + which).to(gl.int32)
         dtype: gl.constexpr = q_desc.dtype
         layout: gl.constexpr = k_desc.layout
-        q = gl.allocate_shared_memory(dtype, [STAGES * KP, 64, 64], layout)
+        q = gl.allocate_shared_memory(dtype, [STAGES * P1, 64, 64], layout)
         do = gl.allocate_shared_memory(dtype, [STAGES, 64, DV], layout)
-        k = gl.allocate_shared_memory(dtype, [KP, 64, 64], layout)
+        k = gl.allocate_shared_memory(dtype, [P1, 64, 64], layout)
+        q_rest, k_rest = q, k
+        if KP > P1:
+            q_rest = gl.allocate_shared_memory(dtype, [STAGES * (KP - P1), 64, 64], layout)
+            k_rest = gl.allocate_shared_memory(dtype, [KP - P1, 64, 64], layout)
         v = gl.allocate_shared_memory(dtype, [64, DV], layout)
         p_tile = gl.allocate_shared_memory(dtype, [64, 64], layout)
         ds_tile = gl.allocate_shared_memory(dtype, [64, 64], layout)
@@ -229,12 +227,12 @@ def block_backward_kernel(
         head_queries = g * all_queries
         gl.warp_specialize(
             [
-                (_differentiate, (q, do, k, v, p_tile, ds_tile, full, done, kv_full, order_ptr, lse_ptr, delta_ptr,
-                                  gate_ptr, token_q_ptr, token_k_ptr, dk_ptr, dv_ptr, part_dk_ptr, part_dv_ptr, begin,
-                                  end, first, stop, count, head_queries, heads, g, split.to(gl.int64) * longest,
-                                  alone, scale, R, P1, KP, DV, STAGES)),
-                (_feed, (q_desc, do_desc, k_desc, v_desc, dq_desc, q, do, k, v, full, done, kv_full, order_ptr, begin,
-                         first, stop, base, count, head_queries, heads, g, R, P1, KP, DV, STAGES)),
+                (_differentiate, (q, q_rest, do, k, k_rest, v, p_tile, ds_tile, full, done, kv_full, order_ptr,
+                                  lse_ptr, delta_ptr, gate_ptr, token_q_ptr, token_k_ptr, dk_ptr, dv_ptr, part_dk_ptr,
+                                  part_dv_ptr, begin, end, first, stop, count, head_queries, heads, g,
+                                  split.to(gl.int64) * longest, alone, scale, R, P1, KP, DV, STAGES)),
+                (_feed, (q_desc, do_desc, k_desc, v_desc, dq_desc, q, q_rest, do, k, k_rest, v, full, done, kv_full,
+                         order_ptr, begin, first, stop, base, count, head_queries, heads, g, R, P1, KP, DV, STAGES)),
             ],
             [1],
             [24],

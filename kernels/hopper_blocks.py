@@ -32,16 +32,31 @@ _REGISTERS = 96  # of a thread when a program starts (128: 4% slower)
 
 
 @gluon.jit
-def _q_tile(slot, piece: gl.constexpr, VP: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr):
-    """Where 64 columns of a slot's q lie: the first VP side by side, so that an output takes their place."""
-    return slot * VP + piece if piece < VP else STAGES * VP + slot * (TILES - VP) + piece - VP
+def piece_of(wide, rest, slot, piece: gl.constexpr, i, SIDE: gl.constexpr, REST: gl.constexpr, PARTS: gl.constexpr):
+    """Part i of 64 columns of a slot, all of them where PARTS is 1: a slot's first SIDE pieces lie side by side in
+    `wide`, as one operand, the others in `rest`. (Triton 3.8 makes no view of a part of what is allocated.)"""
+    if piece < SIDE:
+        part = wide.index((slot * SIDE + piece) * PARTS + i)
+    else:
+        part = rest.index((slot * REST + piece - SIDE) * PARTS + i)
+    return part
+
+
+@gluon.jit
+def parts_of(wide, rest, SLOTS: gl.constexpr, SIDE: gl.constexpr, REST: gl.constexpr, R: gl.constexpr):
+    """The same memory as parts of R rows."""
+    wide_rows = as_tiles(wide, SLOTS * SIDE * (64 // R), R, 64, wide)
+    rest_rows = wide_rows
+    if REST > 0:
+        rest_rows = as_tiles(rest, SLOTS * REST * (64 // R), R, 64, rest)
+    return wide_rows, rest_rows
 
 
 @gluon.jit
 def _feed(
-    q_desc, k_desc, v_desc, o_desc, q, k, v, q_full, q_done, kv_full, order_ptr, begin, first, stop, base, count,
-    head_queries, heads, g,
-    R: gl.constexpr, PIECES: gl.constexpr, DV: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr,
+    q_desc, k_desc, v_desc, o_desc, q, q_rest, k, v, q_full, q_done, kv_full, order_ptr, begin, first, stop, base,
+    count, head_queries, heads, g,
+    R: gl.constexpr, PIECES: gl.constexpr, DV: gl.constexpr, REST: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The warp that moves rows: the block's keys and values once, then q of tile after tile of picks, and the output
     of the tile that had the place before."""
@@ -51,7 +66,7 @@ def _feed(
     for piece in gl.static_range(PIECES):
         _copy_tile(k_desc, [begin, piece * 64], kv_full, k.index(piece))
     _copy_tile(v_desc, [begin, 0], kv_full, v)
-    rows = as_tiles(q, STAGES * TILES * PICKS, R, 64, q)
+    rows, rest = parts_of(q, q_rest, STAGES, VP, REST, R)
     tiles = (stop - first + PICKS - 1) // PICKS
     for j in range(tiles + STAGES):
         slot = j % STAGES
@@ -62,8 +77,7 @@ def _feed(
                 if before + i < stop:
                     to = (gl.load(order_ptr + before + i) - base) * R
                     for piece in gl.static_range(VP):
-                        tile = _q_tile(slot, piece, VP, TILES, STAGES)
-                        copy_back(o_desc, [to, piece * 64], rows.index(tile * PICKS + i))
+                        copy_back(o_desc, [to, piece * 64], piece_of(rows, rest, slot, piece, i, VP, REST, PICKS))
             tma.store_wait(0)
         if j < tiles:
             mbarrier.expect(q_full.index(slot), 64 * 64 * PIECES * 2)
@@ -71,8 +85,8 @@ def _feed(
                 pick = gl.load(order_ptr + gl.minimum(first + j * PICKS + i, stop - 1))  # beyond the last: it again
                 row = (pick // count - head_queries) * heads + g * R
                 for piece in gl.static_range(PIECES):
-                    tile = _q_tile(slot, piece, VP, TILES, STAGES)
-                    _copy_tile(q_desc, [row, piece * 64], q_full.index(slot), rows.index(tile * PICKS + i))
+                    _copy_tile(q_desc, [row, piece * 64], q_full.index(slot),
+                               piece_of(rows, rest, slot, piece, i, VP, REST, PICKS))  # fmt: skip
 
 
 @gluon.jit
@@ -91,9 +105,9 @@ def _tokens(token_ptr, pick, at, stop, count, head_queries, R: gl.constexpr, lay
 
 @gluon.jit
 def _attend(
-    q, k, v, q_full, q_done, kv_full, order_ptr, token_q_ptr, token_k_ptr, part_lse_ptr, begin, end, first, stop,
-    base, count, head_queries, scale,
-    R: gl.constexpr, PIECES: gl.constexpr, DV: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr,
+    q, q_rest, k, v, q_full, q_done, kv_full, order_ptr, token_q_ptr, token_k_ptr, part_lse_ptr, begin, end, first,
+    stop, base, count, head_queries, scale,
+    R: gl.constexpr, PIECES: gl.constexpr, DV: gl.constexpr, REST: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     PICKS: gl.constexpr = 64 // R
     VP: gl.constexpr = DV // 64
@@ -101,7 +115,7 @@ def _attend(
     out: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
     rows: gl.constexpr = gl.SliceLayout(1, scores)
     dtype: gl.constexpr = q.dtype
-    outputs = as_tiles(q, STAGES * TILES // VP, 64, DV, q)
+    outputs = as_tiles(q, STAGES, 64, DV, q)
     n = begin + gl.arange(0, 64, gl.SliceLayout(0, scores))
     token_N = gl.load(token_k_ptr + n, mask=n < end, other=2147483647).to(gl.int32)
     factor = scale * LOG2E
@@ -116,7 +130,7 @@ def _attend(
         mbarrier.wait(q_full.index(slot), (j // STAGES) & 1)
         s = gl.zeros([64, 64], gl.float32, scores)
         for piece in gl.static_range(PIECES):
-            s = warpgroup_mma(q.index(_q_tile(slot, piece, VP, TILES, STAGES)), k.index(piece).permute((1, 0)), s,
+            s = warpgroup_mma(piece_of(q, q_rest, slot, piece, 0, VP, REST, 1), k.index(piece).permute((1, 0)), s,
                               use_acc=piece > 0, is_async=True)  # fmt: skip
         # Of the next tiles, while this one is worked on; of no tile after the last.
         next_token_M = _tokens(token_q_ptr, next_pick, at + PICKS, stop, count, head_queries, R, rows)
@@ -147,7 +161,7 @@ def block_forward_kernel(
     q_desc, k_desc, v_desc, o_desc, token_q_ptr, token_k_ptr, begin_ptr, end_ptr, order_ptr, start_ptr,
     item_start_ptr, segment_ptr, part_lse_ptr, chunk, first_head, first_query, segments, blocks, chunk_queries,
     all_queries, count, heads, scale,
-    R: gl.constexpr, PIECES: gl.constexpr, DV: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr,
+    R: gl.constexpr, PIECES: gl.constexpr, DV: gl.constexpr, REST: gl.constexpr, STAGES: gl.constexpr,
     WIDTH: gl.constexpr,
 ):  # fmt: skip
     """As `blocks.block_forward_kernel`, for blocks of at most 64 rows and a power of two of heads."""
@@ -162,7 +176,10 @@ def block_forward_kernel(
         base = (first_query + first_head * chunk_queries + g * (all_queries - chunk_queries)) * count  # blocks._base
         begin, end = gl.load(begin_ptr + which).to(gl.int32), gl.load(end_ptr + which).to(gl.int32)
         dtype: gl.constexpr = q_desc.dtype
-        q = gl.allocate_shared_memory(dtype, [STAGES * TILES, 64, 64], k_desc.layout)
+        q = gl.allocate_shared_memory(dtype, [STAGES * (DV // 64), 64, 64], k_desc.layout)
+        q_rest = q
+        if REST > 0:
+            q_rest = gl.allocate_shared_memory(dtype, [STAGES * REST, 64, 64], k_desc.layout)
         k = gl.allocate_shared_memory(dtype, [PIECES, 64, 64], k_desc.layout)
         v = gl.allocate_shared_memory(dtype, [64, DV], v_desc.layout)
         q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -175,10 +192,11 @@ def block_forward_kernel(
         fence_async_shared()
         gl.warp_specialize(
             [
-                (_attend, (q, k, v, q_full, q_done, kv_full, order_ptr, token_q_ptr, token_k_ptr, part_lse_ptr, begin,
-                           end, first, stop, base, count, g * all_queries, scale, R, PIECES, DV, TILES, STAGES)),
-                (_feed, (q_desc, k_desc, v_desc, o_desc, q, k, v, q_full, q_done, kv_full, order_ptr, begin, first,
-                         stop, base, count, g * all_queries, heads, g, R, PIECES, DV, TILES, STAGES)),
+                (_attend, (q, q_rest, k, v, q_full, q_done, kv_full, order_ptr, token_q_ptr, token_k_ptr,
+                           part_lse_ptr, begin, end, first, stop, base, count, g * all_queries, scale, R, PIECES, DV,
+                           REST, STAGES)),
+                (_feed, (q_desc, k_desc, v_desc, o_desc, q, q_rest, k, v, q_full, q_done, kv_full, order_ptr, begin,
+                         first, stop, base, count, g * all_queries, heads, g, R, PIECES, DV, REST, STAGES)),
             ],
             [1],
             [24],
@@ -191,7 +209,14 @@ def arguments(q: Tensor, k: Tensor, v: Tensor, part_o: Tensor, r: int) -> tuple[
     made = [descriptor(flat, r, 64), descriptor(k, 64, 64), descriptor(v, 64, dv), descriptor(part_o, r, 64)]
     tiles = max(pieces, dv // 64)
     stages = min(_STAGES, (_SHARED - 64 * 2 * (64 * pieces + dv)) // (64 * 2 * 64 * tiles))
-    return made, {"R": r, "PIECES": pieces, "DV": dv, "TILES": tiles, "STAGES": stages, "maxnreg": _REGISTERS}
+    return made, {
+        "R": r,
+        "PIECES": pieces,
+        "DV": dv,
+        "REST": tiles - dv // 64,
+        "STAGES": stages,
+        "maxnreg": _REGISTERS,
+    }
 
 
 def descriptor(x_ND: Tensor, rows: int, width: int) -> TensorDescriptor:

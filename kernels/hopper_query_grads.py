@@ -82,7 +82,8 @@ def _differentiate(
     rows: gl.constexpr = gl.SliceLayout(1, scores)
     dtype: gl.constexpr = k1.dtype
     q1 = as_tiles(q1, 2, 64, DK1, k1).index(half)
-    q2 = as_tiles(q2, 2 if DK2 > 0 else 1, 64 if DK2 > 0 else 8, k2.shape[2], k2).index(half if DK2 > 0 else 0)
+    if DK2 > 0:
+        q2 = as_tiles(q2, 2, 64, DK2, k2).index(half)
     do = as_tiles(do, 2, 64, DV, v).index(half)
     factor = scale * LOG2E
     count = 0
@@ -158,11 +159,12 @@ def range_dq_kernel(
     """As `ranged.range_dq_kernel`; items: tiles of 128 rows of a KV head."""
     dtype: gl.constexpr = k1_desc.dtype
     q1 = gl.allocate_shared_memory(dtype, [2, 64 // R, R, DK1], q1_desc.layout)
-    q2 = gl.allocate_shared_memory(dtype, [2 if DK2 > 0 else 1, 64 // R, R, q2_desc.block_shape[2]], q2_desc.layout)
     do = gl.allocate_shared_memory(dtype, [2, 64 // R, R, DV], do_desc.layout)
     k1 = gl.allocate_shared_memory(dtype, [STAGES, BN, DK1], k1_desc.layout)
-    k2 = gl.allocate_shared_memory(dtype, [STAGES if DK2 > 0 else 1, BN if DK2 > 0 else 8, k2_desc.block_shape[1]],
-                                   k2_desc.layout)  # fmt: skip
+    q2, k2 = q1, k1  # of one piece: not used
+    if DK2 > 0:
+        q2 = gl.allocate_shared_memory(dtype, [2, 64 // R, R, DK2], q2_desc.layout)
+        k2 = gl.allocate_shared_memory(dtype, [STAGES, BN, DK2], k2_desc.layout)
     v = gl.allocate_shared_memory(dtype, [STAGES, BN, DV], v_desc.layout)
     rows_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     rows_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())

@@ -81,9 +81,10 @@ def _differentiate(
     wide_v: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
     columns: gl.constexpr = gl.SliceLayout(0, scores)
     dtype: gl.constexpr = k1.dtype
-    k1, k2, v = k1.index(half), k2.index(half if DK2 > 0 else 0), v.index(half)
+    k1, k2, v = k1.index(half), k2.index(half), v.index(half)
     q1 = as_tiles(q1, STAGES, BM, DK1, k1)
-    q2 = as_tiles(q2, STAGES if DK2 > 0 else 1, BM if DK2 > 0 else 8, k2.shape[1], k2)
+    if DK2 > 0:
+        q2 = as_tiles(q2, STAGES, BM, DK2, k2)
     do = as_tiles(do, STAGES, BM, DV, v)
     dk1 = gl.zeros([64, DK1], gl.float32, wide1)
     dk2 = gl.zeros([64, W2], gl.float32, wide2)
@@ -161,13 +162,12 @@ def range_dkv_kernel(
     HEADS: gl.constexpr = R if R < BM else BM
     dtype: gl.constexpr = k1_desc.dtype
     q1 = gl.allocate_shared_memory(dtype, [STAGES, BM // HEADS, HEADS, DK1], q1_desc.layout)
-    q2 = gl.allocate_shared_memory(
-        dtype, [STAGES if DK2 > 0 else 1, BM // HEADS, HEADS, q2_desc.block_shape[2]], q2_desc.layout
-    )
     do = gl.allocate_shared_memory(dtype, [STAGES, BM // HEADS, HEADS, DV], do_desc.layout)
     k1 = gl.allocate_shared_memory(dtype, [2, 64, DK1], k1_desc.layout)
-    k2 = gl.allocate_shared_memory(dtype, [2 if DK2 > 0 else 1, 64 if DK2 > 0 else 8, k2_desc.block_shape[1]],
-                                   k2_desc.layout)  # fmt: skip
+    q2, k2 = q1, k1  # of one piece: not used
+    if DK2 > 0:
+        q2 = gl.allocate_shared_memory(dtype, [STAGES, BM // HEADS, HEADS, DK2], q2_desc.layout)
+        k2 = gl.allocate_shared_memory(dtype, [2, 64, DK2], k2_desc.layout)
     v = gl.allocate_shared_memory(dtype, [2, 64, DV], v_desc.layout)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     vectors = gl.allocate_shared_memory(gl.float32, [3 * STAGES, BM], plain)
