@@ -37,7 +37,8 @@ _SHARED = 232448  # bytes of shared memory that a program has
 
 @gluon.jit
 def as_tiles(x, TILES: gl.constexpr, ROWS: gl.constexpr, WIDTH: gl.constexpr, like):
-    """The same shared memory as tiles [TILES, ROWS, WIDTH], laid out as those of `like`."""
+    """The same shared memory, all of it, as tiles [TILES, ROWS, WIDTH], laid out as those of `like`."""
+    gl.static_assert(x.numel == TILES * ROWS * WIDTH)  # Triton 3.8 refuses it, others don't
     if _PUBLIC:
         tiles = x.reinterpret(x.dtype, [TILES, ROWS, WIDTH], like.layout)
     else:
