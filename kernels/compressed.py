@@ -1,6 +1,7 @@
 """The compressed branch: attention over compressed tokens, and from its probabilities the selection."""
 
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 import torch
@@ -42,6 +43,12 @@ def compressed_view(packing: Packing, queries: Ints, rows: Ints, device: torch.d
     )
 
 
+def add_heads(p_GMRN: Tensor) -> Tensor:
+    """[G, M, N]: head after head for every compressed token; `sum(2)` adds those at a row's end in another order, and
+    what is equal would no longer be."""
+    return reduce(torch.add, p_GMRN.unbind(2))
+
+
 def compressed_forward(
     q_SHD: Tensor,
     k_NGD: Tensor,
@@ -66,6 +73,6 @@ def compressed_forward(
         o[:, at], lse[:, at], p = tile_softmax(q[:, at], k[:, rows], v[:, rows], mask, scale)
         own = view.own_S[at]
         allowed = None if admitted is None else admitted.allowed(at, int(own.max()) + 1)
-        pick = select_blocks(p.sum(2), own, spec, allowed)
+        pick = select_blocks(add_heads(p), own, spec, allowed)
         picks[at] = torch.where(pick >= 0, pick + view.first_S[at, None, None], -1).to(torch.int32)
     return ungroup(o).to(q_SHD.dtype), ungroup(lse), picks

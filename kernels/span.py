@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nsa_dist.kernels.branch import group_queries
-from nsa_dist.kernels.compressed import CompressedView
+from nsa_dist.kernels.compressed import CompressedView, add_heads
 from nsa_dist.kernels.packing import Ints, Packing, on_device
 from nsa_dist.kernels.select import Admitted, block_scores, select_blocks
 from nsa_dist.kernels.spec import NSASpec
@@ -219,4 +219,4 @@ def _scores(q_GMRD: Tensor, k_GND: Tensor, mask: Tensor | None, scale: float, bl
 
 def _probabilities(q_GMRD: Tensor, k_GND: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """[G, M, N], added over the group's heads."""
-    return tile_softmax(q_GMRD, k_GND, k_GND[..., :0], mask, scale)[2].sum(2)
+    return add_heads(tile_softmax(q_GMRD, k_GND, k_GND[..., :0], mask, scale)[2])

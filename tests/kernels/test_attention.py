@@ -111,6 +111,16 @@ def test_equal_scores_take_the_lower_block_first(levels: int) -> None:
         assert picks[149].tolist() == [[0, 1, 2, 17, 18]] * 2
 
 
+@pytest.mark.parametrize(("heads", "tokens"), [(16, 1500), (8, 1700)])
+def test_equal_scores_are_equal_in_float32_wherever_they_lie(heads: int, tokens: int) -> None:
+    """A vectorised sum adds a row's last elements in another order than the others."""
+    packing = Packing(np.array([0, tokens]), spec := NSASpec())
+    q, k = torch.zeros(tokens, heads, 32), torch.randn(packing.compressed, 1, 32)
+    view = local_views(packing, q.device).compressed
+    found, want = (compressed_forward(*xs, xs[1], view, spec, 1.0)[2] for xs in ((q, k), (q.double(), k.double())))
+    assert torch.equal(found, want)
+
+
 def test_a_batch_is_as_many_sequences() -> None:
     spec = NSASpec(8, 4, 16, 4, 1, 2, 20)
     xs = make(spec, [75], 4, 2, 6, 4, batch=3)
