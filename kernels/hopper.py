@@ -139,7 +139,7 @@ def _attend(
             at, slot = turn % SLOTS * 2 + half, n % STAGES
             mbarrier.wait(q_full.index(at), (turn // SLOTS) & 1)
             mbarrier.wait(k_full.index(slot), (n // STAGES) & 1)
-            s = _row_products(q1, q2, k1, k2, at, slot, DK2, BN, scores)
+            s = start_products(q1.index(at), q2.index(at), k1.index(slot), k2.index(slot), DK2 > 0, 64, BN, scores)
             s = warpgroup_mma_wait(0, deps=[s])
             mbarrier.arrive(k_empty.index(slot), count=1)
             if tiles == 1:
@@ -149,7 +149,9 @@ def _attend(
             for j in range(1, tiles):
                 before, slot = slot, (n + j) % STAGES
                 mbarrier.wait(k_full.index(slot), ((n + j) // STAGES) & 1)
-                s = _row_products(q1, q2, k1, k2, at, slot, DK2, BN, scores)
+                s = start_products(
+                    q1.index(at), q2.index(at), k1.index(slot), k2.index(slot), DK2 > 0, 64, BN, scores
+                )
                 mbarrier.wait(v_full.index(before), ((n + j - 1) // STAGES) & 1)
                 o1 = warpgroup_mma(p, v1.index(before), o1, is_async=True)
                 if DV2 > 0:
@@ -184,21 +186,21 @@ def _attend(
         safe = gl.where(total > 0, total, 1.0)
         lse = gl.where(total > 0, (top + gl.log2(safe)) / LOG2E, float("-inf"))
         gl.store(lse_ptr + (m // R).to(gl.int64) * (R * GROUPS) + g * R + m % R, lse, mask=here)
-        _store_out(o_ptr, o1, 1.0 / safe, m_begin, queries, R * GROUPS, g, R, 64, DV, 0, DV1, out1)
+        store_rows(o_ptr, o1, 1.0 / safe, m_begin, queries, R * GROUPS, g, R, DV, 0, DV1, False, out1)
         if DV2 > 0:
-            _store_out(o_ptr, o2, 1.0 / safe, m_begin, queries, R * GROUPS, g, R, 64, DV, DV1, DV2, out2)
+            store_rows(o_ptr, o2, 1.0 / safe, m_begin, queries, R * GROUPS, g, R, DV, DV1, DV2, False, out2)
         item -= step
 
 
 @gluon.jit
-def _row_products(
-    q1, q2, k1, k2, at, slot, DK2: gl.constexpr, BN: gl.constexpr, layout: gl.constexpr
+def start_products(
+    a1, a2, b1, b2, TWO: gl.constexpr, M: gl.constexpr, N: gl.constexpr, layout: gl.constexpr
 ):  # fmt: skip
-    """Starts S = Q K^T."""
-    s = gl.zeros([64, BN], gl.float32, layout)
-    s = warpgroup_mma(q1.index(at), k1.index(slot).permute((1, 0)), s, use_acc=False, is_async=True)
-    if DK2 > 0:
-        s = warpgroup_mma(q2.index(at), k2.index(slot).permute((1, 0)), s, is_async=True)
+    """Starts A B^T, of rows in two pieces where TWO."""
+    s = gl.zeros([M, N], gl.float32, layout)
+    s = warpgroup_mma(a1, b1.permute((1, 0)), s, use_acc=False, is_async=True)
+    if TWO:
+        s = warpgroup_mma(a2, b2.permute((1, 0)), s, is_async=True)
     return s
 
 
@@ -271,17 +273,21 @@ def range_forward_kernel(
 
 
 @gluon.jit
-def _store_out(
-    o_ptr, o, factor, m_begin, queries, heads, g,
-    R: gl.constexpr, BM: gl.constexpr, DV: gl.constexpr, START: gl.constexpr, WIDTH: gl.constexpr,
+def store_rows(
+    ptr, x, factor, m_begin, queries, heads, g,
+    R: gl.constexpr, D: gl.constexpr, START: gl.constexpr, WIDTH: gl.constexpr, ADD: gl.constexpr,
     layout: gl.constexpr,
 ):  # fmt: skip
-    m = m_begin + gl.arange(0, BM, gl.SliceLayout(1, layout))
+    """64 rows of a tile, each times its factor; ADD: to what is there."""
+    m = m_begin + gl.arange(0, 64, gl.SliceLayout(1, layout))
     row = (m // R).to(gl.int64) * heads + g * R + m % R
     d = START + gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
-    o = o * gl.convert_layout(factor, gl.SliceLayout(1, layout))[:, None]
-    mask = (m // R < queries)[:, None] & (d < DV)[None, :]
-    gl.store(o_ptr + row[:, None] * DV + d[None, :], o.to(o_ptr.dtype.element_ty), mask=mask)
+    x = x * gl.convert_layout(factor, gl.SliceLayout(1, layout))[:, None]
+    mask = (m // R < queries)[:, None]
+    to = ptr + row[:, None] * D + d[None, :]
+    if ADD:
+        x += gl.load(to, mask=mask, other=0.0).to(gl.float32)
+    gl.store(to, x.to(ptr.dtype.element_ty), mask=mask)
 
 
 def descriptors(x_NGD: Tensor, rows: int) -> list[TensorDescriptor]:

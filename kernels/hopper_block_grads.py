@@ -14,13 +14,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from nsa_dist.kernels.hopper import _barrier, _copy_tile, as_tiles
-from nsa_dist.kernels.hopper_blocks import copy_back, descriptor, parts_of, picks_of, piece_of
+from nsa_dist.kernels.hopper import _barrier, _copy_tile, as_tiles, start_products
+from nsa_dist.kernels.hopper_blocks import bring_rows, descriptor, parts_of, pick_row, picks_of, piece_of, send_rows
 from nsa_dist.kernels.tile_ops import LOG2E
 from nsa_dist.kernels.tuning import CHUNK
 
@@ -53,23 +52,13 @@ def _feed(
         if j >= STAGES:
             before = first + (j - STAGES) * PICKS
             mbarrier.wait(done.index(slot), (j // STAGES - 1) & 1)
-            for i in gl.static_range(PICKS):
-                if before + i < stop:
-                    to = (gl.load(order_ptr + before + i) - base) * R
-                    for piece in gl.static_range(KP):
-                        copy_back(dq_desc, [to, piece * 64], piece_of(rows, rest, slot, piece, i, P1, REST, PICKS))
-            tma.store_wait(0)
+            send_rows(dq_desc, rows, rest, slot, order_ptr, before, stop, base, R, KP, P1, REST)
         if j < tiles:
             mbarrier.expect(full.index(slot), 64 * (64 * KP + DV) * 2)
             for i in gl.static_range(PICKS):
-                pick = gl.load(order_ptr + gl.minimum(first + j * PICKS + i, stop - 1))  # beyond the last: it again
-                row = (pick // count - head_queries) * heads + g * R
-                for piece in gl.static_range(KP):
-                    _copy_tile(q_desc, [row, piece * 64], full.index(slot),
-                               piece_of(rows, rest, slot, piece, i, P1, REST, PICKS))  # fmt: skip
-                for piece in gl.static_range(VP):
-                    tile = slot * VP + piece
-                    _copy_tile(do_desc, [row, piece * 64], full.index(slot), do_rows.index(tile * PICKS + i))
+                row = pick_row(order_ptr, first + j * PICKS + i, stop, count, head_queries, heads, g, R)
+                bring_rows(q_desc, row, full.index(slot), rows, rest, slot, i, R, KP, P1, REST)
+                bring_rows(do_desc, row, full.index(slot), do_rows, do_rows, slot, i, R, VP, VP, 0)
 
 
 @gluon.jit
@@ -138,12 +127,8 @@ def _differentiate(
         slot = j % STAGES
         rest = q_rest.index(slot)
         mbarrier.wait(full.index(slot), (j // STAGES) & 1)
-        s = gl.zeros([64, 64], gl.float32, scores)
-        s = warpgroup_mma(q1.index(slot), k1.permute((1, 0)), s, use_acc=False, is_async=True)
-        if KP > P1:
-            s = warpgroup_mma(rest, k2.permute((1, 0)), s, is_async=True)
-        dp = gl.zeros([64, 64], gl.float32, scores)
-        dp = warpgroup_mma(do.index(slot), v.permute((1, 0)), dp, use_acc=False, is_async=True)
+        s = start_products(q1.index(slot), rest, k1, k2, KP > P1, 64, 64, scores)
+        dp = start_products(do.index(slot), do.index(slot), v, v, False, 64, 64, scores)
         # Of the next tile, while this one is worked on; of no tile after the last.
         at = first + (j + 1) * PICKS
         next_lse2, next_delta, next_gate, next_token_M = _vectors(

@@ -25,7 +25,7 @@ from nsa_dist.kernels.hopper import _barrier, _copy_tile, as_tiles
 from nsa_dist.kernels.tile_ops import LOG2E
 from nsa_dist.kernels.tuning import CHUNK
 
-copy_back = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+_copy_back = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 _STAGES = 3  # tiles of q that are there or under way, where two programs with so many fit into a multiprocessor
 _SHARED = 113 << 10
 _REGISTERS = 96  # of a thread when a program starts (128: 4% slower)
@@ -53,6 +53,37 @@ def parts_of(wide, rest, SLOTS: gl.constexpr, SIDE: gl.constexpr, REST: gl.const
 
 
 @gluon.jit
+def pick_row(order_ptr, i, stop, count, head_queries, heads, g, R: gl.constexpr):
+    """The first of pick i's R rows; beyond the last pick that of the last."""
+    pick = gl.load(order_ptr + gl.minimum(i, stop - 1))
+    return (pick // count - head_queries) * heads + g * R
+
+
+@gluon.jit
+def bring_rows(
+    desc, row, full, rows, rest, slot, i,
+    R: gl.constexpr, PIECES: gl.constexpr, SIDE: gl.constexpr, REST: gl.constexpr,
+):  # fmt: skip
+    """Starts copying a pick's R rows to part i of a slot."""
+    for piece in gl.static_range(PIECES):
+        _copy_tile(desc, [row, piece * 64], full, piece_of(rows, rest, slot, piece, i, SIDE, REST, 64 // R))
+
+
+@gluon.jit
+def send_rows(
+    desc, rows, rest, slot, order_ptr, at, stop, base,
+    R: gl.constexpr, PIECES: gl.constexpr, SIDE: gl.constexpr, REST: gl.constexpr,
+):  # fmt: skip
+    """Copies a slot to the partial results of its picks, those from `at` on; the slot is free when it returns."""
+    for i in gl.static_range(64 // R):
+        if at + i < stop:
+            to = (gl.load(order_ptr + at + i) - base) * R
+            for piece in gl.static_range(PIECES):
+                _copy_back(desc, [to, piece * 64], piece_of(rows, rest, slot, piece, i, SIDE, REST, 64 // R))
+    tma.store_wait(0)
+
+
+@gluon.jit
 def _feed(
     q_desc, k_desc, v_desc, o_desc, q, q_rest, k, v, q_full, q_done, kv_full, order_ptr, begin, first, stop, base,
     count, head_queries, heads, g,
@@ -73,20 +104,12 @@ def _feed(
         if j >= STAGES:
             before = first + (j - STAGES) * PICKS
             mbarrier.wait(q_done.index(slot), (j // STAGES - 1) & 1)
-            for i in gl.static_range(PICKS):
-                if before + i < stop:
-                    to = (gl.load(order_ptr + before + i) - base) * R
-                    for piece in gl.static_range(VP):
-                        copy_back(o_desc, [to, piece * 64], piece_of(rows, rest, slot, piece, i, VP, REST, PICKS))
-            tma.store_wait(0)
+            send_rows(o_desc, rows, rest, slot, order_ptr, before, stop, base, R, VP, VP, REST)
         if j < tiles:
             mbarrier.expect(q_full.index(slot), 64 * 64 * PIECES * 2)
             for i in gl.static_range(PICKS):
-                pick = gl.load(order_ptr + gl.minimum(first + j * PICKS + i, stop - 1))  # beyond the last: it again
-                row = (pick // count - head_queries) * heads + g * R
-                for piece in gl.static_range(PIECES):
-                    _copy_tile(q_desc, [row, piece * 64], q_full.index(slot),
-                               piece_of(rows, rest, slot, piece, i, VP, REST, PICKS))  # fmt: skip
+                row = pick_row(order_ptr, first + j * PICKS + i, stop, count, head_queries, heads, g, R)
+                bring_rows(q_desc, row, q_full.index(slot), rows, rest, slot, i, R, PIECES, VP, REST)
 
 
 @gluon.jit

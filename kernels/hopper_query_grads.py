@@ -17,7 +17,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from nsa_dist.kernels.hopper import ROWS, _copy_tile, _row_tile, as_tiles, descriptors, row_descriptors
+from nsa_dist.kernels.hopper import (
+    ROWS,
+    _copy_tile,
+    _row_tile,
+    as_tiles,
+    descriptors,
+    row_descriptors,
+    start_products,
+    store_rows,
+)
 from nsa_dist.kernels.tile_ops import LOG2E
 from nsa_dist.kernels.tiled import Ranges
 from nsa_dist.kernels.tuning import count_launch, head_sizes, programs
@@ -103,12 +112,8 @@ def _differentiate(
         for j in range(key_tiles):
             slot, n0 = count % STAGES, start + j * BN
             mbarrier.wait(full.index(slot), (count // STAGES) & 1)
-            s = gl.zeros([64, BN], gl.float32, scores)
-            s = warpgroup_mma(q1, k1.index(slot).permute((1, 0)), s, use_acc=False, is_async=True)
-            if DK2 > 0:
-                s = warpgroup_mma(q2, k2.index(slot).permute((1, 0)), s, is_async=True)
-            dp = gl.zeros([64, BN], gl.float32, scores)
-            dp = warpgroup_mma(do, v.index(slot).permute((1, 0)), dp, use_acc=False, is_async=True)
+            s = start_products(q1, q2, k1.index(slot), k2.index(slot), DK2 > 0, 64, BN, scores)
+            dp = start_products(do, do, v.index(slot), v.index(slot), False, 64, BN, scores)
             s = warpgroup_mma_wait(1, deps=[s])
             p = gl.exp2(s * factor - lse2[:, None])
             if (n0 < inner) | (n0 + BN > outer):
@@ -128,25 +133,9 @@ def _differentiate(
             mbarrier.arrive(empty.index(slot), count=1)
             count += 1
         times = gl.load(gate_ptr + row, mask=here, other=0.0) * scale
-        _store_queries(dq_ptr, dq1, times, m0 + half * 64, queries, R * GROUPS, g, R, DK, 0, DK1, ADD, wide1)
+        store_rows(dq_ptr, dq1, times, m0 + half * 64, queries, R * GROUPS, g, R, DK, 0, DK1, ADD, wide1)
         if DK2 > 0:
-            _store_queries(dq_ptr, dq2, times, m0 + half * 64, queries, R * GROUPS, g, R, DK, DK1, DK2, ADD, wide2)
-
-
-@gluon.jit
-def _store_queries(
-    ptr, x, factor, m_begin, queries, heads, g,
-    R: gl.constexpr, D: gl.constexpr, START: gl.constexpr, WIDTH: gl.constexpr, ADD: gl.constexpr,
-    layout: gl.constexpr,
-):  # fmt: skip
-    m = m_begin + gl.arange(0, 64, gl.SliceLayout(1, layout))
-    row = (m // R).to(gl.int64) * heads + g * R + m % R
-    d = START + gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
-    to, mask = ptr + row[:, None] * D + d[None, :], (m // R < queries)[:, None]
-    x = x * gl.convert_layout(factor, gl.SliceLayout(1, layout))[:, None]
-    if ADD:
-        x += gl.load(to, mask=mask, other=0.0).to(gl.float32)
-    gl.store(to, x.to(ptr.dtype.element_ty), mask=mask)
+            store_rows(dq_ptr, dq2, times, m0 + half * 64, queries, R * GROUPS, g, R, DK, DK1, DK2, ADD, wide2)
 
 
 @gluon.jit

@@ -17,12 +17,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from nsa_dist.kernels.hopper import _copy_tile, as_tiles, descriptors, row_descriptors
+from nsa_dist.kernels.hopper import _copy_tile, as_tiles, descriptors, row_descriptors, start_products
 from nsa_dist.kernels.tile_ops import LOG2E
 from nsa_dist.kernels.tiled import Ranges
 from nsa_dist.kernels.tuning import count_launch, head_sizes
 
-KEYS = 128  # of a program
 _STAGES = 4  # tiles of queries that are there or under way
 
 
@@ -96,12 +95,8 @@ def _differentiate(
     for j in range(tiles):
         slot, m0 = j % STAGES, first * R + j * BM
         mbarrier.wait(full.index(slot), (j // STAGES) & 1)
-        s = gl.zeros([64, BM], gl.float32, scores)
-        s = warpgroup_mma(k1, q1.index(slot).permute((1, 0)), s, use_acc=False, is_async=True)
-        if DK2 > 0:
-            s = warpgroup_mma(k2, q2.index(slot).permute((1, 0)), s, is_async=True)
-        dp = gl.zeros([64, BM], gl.float32, scores)
-        dp = warpgroup_mma(v, do.index(slot).permute((1, 0)), dp, use_acc=False, is_async=True)
+        s = start_products(k1, k2, q1.index(slot), q2.index(slot), DK2 > 0, 64, BM, scores)
+        dp = start_products(v, v, do.index(slot), do.index(slot), False, 64, BM, scores)
         lse2 = vectors.index(slot * 3).load(columns)
         s = warpgroup_mma_wait(1, deps=[s])
         p = gl.exp2(s * factor - lse2[None, :])
@@ -205,7 +200,7 @@ def range_dkv(
     sizes, bm = head_sizes(dk, dv), _tile_rows(dk)
     descs = *row_descriptors(q, r, bm), row_descriptors(do, r, bm)[0], *descriptors(k, 64), descriptors(v, 64)[0]
     count_launch("range_dkv")
-    range_dkv_kernel[(triton.cdiv(keys, KEYS), groups, len(d_k))](
+    range_dkv_kernel[(triton.cdiv(keys, 128), groups, len(d_k))](
         *descs, *rows, ranges.lo_S, ranges.hi_S, *ranges.seen_by(keys), d_k, d_v, keys, groups, h, split_queries,
         k.stride(1), v.stride(1), scale, R=r, DK=dk, DK1=sizes["DK1"], DK2=sizes["DK2"], DV=dv, BM=bm,
         STAGES=_STAGES, num_warps=4)  # fmt: skip

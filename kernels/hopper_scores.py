@@ -8,11 +8,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from nsa_dist.kernels.hopper import _barrier, _fetch
+from nsa_dist.kernels.hopper import _barrier, _fetch, start_products
 from nsa_dist.kernels.tile_ops import LOG2E
 
 
@@ -70,7 +69,7 @@ def score_sums_kernel(
         _barrier()
 
         mbarrier.wait(bar.index(0), 0)
-        s = _key_products(k1, k2, q1, q2, 0, DK2, BN, BM, scores)
+        s = start_products(k1.index(0), k2.index(0), q1, q2, DK2 > 0, BN, BM, scores)
         s = warpgroup_mma_wait(0, deps=[s])
         for j in range(tiles):
             _barrier()  # all have read what is overwritten now
@@ -80,7 +79,8 @@ def score_sums_kernel(
                        k1.index(slot), k2.index(slot), DK1, DK2, BN)  # fmt: skip
             if j + 1 < tiles:
                 mbarrier.wait(bar.index((j + 1) % STAGES), ((j + 1) // STAGES) & 1)
-            following = _key_products(k1, k2, q1, q2, (j + 1) % STAGES, DK2, BN, BM, scores)
+            after = (j + 1) % STAGES
+            following = start_products(k1.index(after), k2.index(after), q1, q2, DK2 > 0, BN, BM, scores)
             n0 = first + j * BN
             p = gl.exp2(s * factor - lse2[None, :])
             if n0 + BN > all_see:
@@ -102,15 +102,3 @@ def _columns(
     s = begin + column // RP
     here = (s < stop) & (column % RP < R)
     return here, s.to(gl.int64) * heads + g * R + column % RP, s
-
-
-@gluon.jit
-def _key_products(
-    k1, k2, q1, q2, slot, DK2: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, layout: gl.constexpr
-):  # fmt: skip
-    """Starts S^T = K Q^T."""
-    s = gl.zeros([BN, BM], gl.float32, layout)
-    s = warpgroup_mma(k1.index(slot), q1.permute((1, 0)), s, use_acc=False, is_async=True)
-    if DK2 > 0:
-        s = warpgroup_mma(k2.index(slot), q2.permute((1, 0)), s, is_async=True)
-    return s
