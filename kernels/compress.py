@@ -2,118 +2,190 @@
 
 One for keys and one for values, before RoPE, shared by the KV heads (DESIGN section 2). The tokens lie in a
 buffer, of which the caller says where each block starts: a whole sequence, or a rank's segments with halos.
+A block is l/d chunks of d tokens, most of which are also a part of its neighbours: each chunk is taken and
+multiplied once, and a block adds up its chunks' products.
 
-Suffixes: N tokens of the buffer, C compressed tokens, G KV heads, l tokens of a block, D head size, F hidden.
+Suffixes: N tokens of the buffer, U chunks, C compressed tokens, P chunks of a block (l/d), G KV heads, l tokens
+of a block, d of a chunk, D head size, F hidden.
 """
 
-from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
+from nsa_dist.kernels.packing import Ints, on_device
 from nsa_dist.kernels.spec import NSASpec
 
 
+@dataclass(frozen=True)
+class Lookup:
+    """Which rows of a source make each row of a result, and the other way round.
+
+    A source's row is in one of the result at most: its gradient is looked up too, where others would be added.
+    """
+
+    rows: Tensor  # of the source, in the result's order
+    back_N: Tensor  # the result's row that each of the source's is in; 0 where it is in none
+    unused: Tensor  # the source's rows that are in none
+
+    def take(self, x_NF: Tensor) -> Tensor:
+        return x_NF.index_select(0, self.rows)
+
+    def give_back(self, grad_MF: Tensor) -> Tensor:
+        """[N, F]: for each row of the source the gradient of what it is in."""
+        if not len(grad_MF):
+            return grad_MF.new_zeros(len(self.back_N), grad_MF.shape[1])
+        return grad_MF.index_select(0, self.back_N).index_fill_(0, self.unused, 0)
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """The chunks of a buffer's blocks, each once, for G heads. Made by `make_chunks`, for all layers of a step."""
+
+    spec: NSASpec
+    tokens: int  # N
+    groups: int
+    tokens_of_chunks: Lookup  # of [N * G, D], d to a chunk and head: heads need not be transposed
+    parts_of_blocks: Lookup  # of [U * G * P, F], P to a block and head
+
+    @property
+    def parts(self) -> int:
+        """P"""
+        return self.spec.compress_block // self.spec.compress_stride
+
+    def take(self, x_NGD: Tensor) -> Tensor:
+        """[U, G, d * D]: the chunks' tokens."""
+        width = self.spec.compress_stride * x_NGD.shape[2]
+        return self.tokens_of_chunks.take(x_NGD.flatten(0, 1)).view(-1, self.groups, width)
+
+    def give_back(self, grad_UGdD: Tensor) -> Tensor:
+        """[N, G, D]: the gradient of `take`, from [U, G, d * D]."""
+        size = grad_UGdD.shape[2] // self.spec.compress_stride
+        return self.tokens_of_chunks.give_back(grad_UGdD.view(-1, size)).view(-1, self.groups, size)
+
+    def add_up(self, y_UGPF: Tensor) -> Tensor:
+        """[C, G, F]: the sum over each block's parts, from [U, G, P * F] with a chunk's values as each part."""
+        size = y_UGPF.shape[2] // self.parts
+        return self.parts_of_blocks.take(y_UGPF.view(-1, size)).view(-1, self.groups, self.parts, size).sum(2)
+
+    def spread(self, grad_CGF: Tensor) -> Tensor:
+        """[U, G, P * F]: the gradient of `add_up`."""
+        parts = self.parts_of_blocks.give_back(grad_CGF.flatten(0, 1))
+        return parts.view(-1, self.groups, self.parts * grad_CGF.shape[2])
+
+
+def make_chunks(first: Ints, tokens: int, groups: int, spec: NSASpec, device: torch.device) -> Chunks:
+    """The chunks of blocks whose l rows start at rows `first [C]` of a buffer of `tokens` rows.
+
+    On the host, where the device need not be waited for to know how many there are. Raises ValueError where a
+    block doesn't lie in the buffer, or where a row would be in two chunks.
+    """
+    l, d = spec.compress_block, spec.compress_stride
+    if len(first) and (first[0] < 0 or first[-1] + l > tokens):
+        raise ValueError(f"first from {first[0]} to {first[-1]}: must be from 0 to {tokens - l} in {tokens} tokens")
+    start_U, chunk = np.unique(first[:, None] + np.arange(0, l, d), return_inverse=True)
+    if (np.diff(first) < d).any() or (np.diff(start_U) < d).any():
+        raise ValueError(
+            f"first={first[:8].tolist()}: must rise by at least d={d}, by a multiple of it where blocks overlap"
+        )
+    head_G1 = np.arange(groups)[:, None]
+    token_UGd = (start_U[:, None, None] + np.arange(d)) * groups + head_G1
+    part_CGP = (chunk.reshape(len(first), 1, l // d) * groups + head_G1) * (l // d) + np.arange(l // d)
+    of_chunks = _lookup(token_UGd.reshape(-1, 1), tokens * groups, device)
+    of_blocks = _lookup(part_CGP.reshape(-1, l // d), len(start_U) * groups * (l // d), device)
+    return Chunks(spec, tokens, groups, of_chunks, of_blocks)
+
+
+def _lookup(rows_MK: NDArray[Any], source_rows: int, device: torch.device) -> Lookup:
+    back_N = np.full(source_rows, -1, np.int64)
+    back_N[rows_MK] = np.arange(len(rows_MK))[:, None]
+    tables = rows_MK.ravel(), np.maximum(back_N, 0), np.flatnonzero(back_N < 0)
+    return Lookup(*(on_device(table, device) for table in tables))
+
+
 def compress_mlp(
-    x_NGD: Tensor,
-    first_C: Tensor,
-    position_lD: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    spec: NSASpec,
+    x_NGD: Tensor, chunks: Chunks, position_lD: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
 ) -> Tensor:
     """Linear(l*D, 2D), SiLU, Linear(2D, D) of each block's tokens plus a position embedding: [C, G, D].
 
-    first_C (int64): the buffer's row where each block's l rows start. position_lD: embedding of a token's
-    place in its block. Weights as `torch.nn.functional.linear` takes them: w1 [2D, l*D], b1 [2D], w2 [D, 2D],
-    b2 [D].
-    Every input gets a gradient, zero where C is 0. Results, gradients included, are the same on every run
-    where starts are at least d rows apart, as those of a sequence's blocks are.
+    position_lD: embedding of a token's place in its block. Weights as `torch.nn.functional.linear` takes them:
+    w1 [2D, l*D], b1 [2D], w2 [D, 2D], b2 [D].
+    Every input gets a gradient, zero where C is 0. Results, gradients included, are the same on every run.
 
-    Raises ValueError where position_lD or w1 doesn't fit the spec.
+    Raises ValueError where x, position_lD or w1 doesn't fit the chunks.
     """
-    l, d, size = spec.compress_block, spec.compress_stride, x_NGD.shape[-1]
+    _check(x_NGD, chunks)
+    l, size = chunks.spec.compress_block, x_NGD.shape[-1]
     if position_lD.shape != (l, size):
         raise ValueError(f"position_lD of shape {tuple(position_lD.shape)}: must be {(l, size)}")
     if w1.dim() != 2 or w1.shape[1] != l * size:
         raise ValueError(f"w1 of shape {tuple(w1.shape)}: must be [features, {l * size}]")
     # w1 (x + position) = w1 x + w1 position: a second bias, for which no block's tokens are changed.
-    hidden_CGF = linear(position_lD.flatten(), w1, b1).expand(len(first_C), x_NGD.shape[1], -1)
-    for rows_Cd, w_part in zip(_parts(first_C, spec), w1.split(d * size, dim=1), strict=True):
-        hidden_CGF = hidden_CGF + _TakenLinear.apply(x_NGD, rows_Cd, w_part)
+    hidden_CGF = _BlockLinear.apply(x_NGD, w1, chunks) + linear(position_lD.flatten(), w1, b1)
     return linear(silu(hidden_CGF), w2, b2)
 
 
-def compress_mean(x_NGD: Tensor, first_C: Tensor, spec: NSASpec) -> Tensor:
-    """The mean of each block's l tokens, [C, G, D], summed in x's type, at least float32.
+def compress_mean(x_NGD: Tensor, chunks: Chunks) -> Tensor:
+    """The mean of each block's l tokens, [C, G, D], summed in x's type, at least float32; also in the backward.
 
-    Arguments as in `compress_mlp`.
+    Raises ValueError where x doesn't fit the chunks.
     """
-    kind = torch.promote_types(x_NGD.dtype, torch.float32)
-    total_CGD = x_NGD.new_zeros(len(first_C), *x_NGD.shape[1:], dtype=kind)
-    for rows_Cd in _parts(first_C, spec):
-        total_CGD = total_CGD + _Take.apply(x_NGD, rows_Cd).sum(1, dtype=kind)
-    return (total_CGD / spec.compress_block).to(x_NGD.dtype)
+    _check(x_NGD, chunks)
+    return (_BlockSum.apply(x_NGD, chunks) / chunks.spec.compress_block).to(x_NGD.dtype)
 
 
-def _parts(first_C: Tensor, spec: NSASpec) -> Iterator[Tensor]:
-    """The rows of each block's l tokens in l/d parts of d tokens, [C, d].
+def _check(x_NGD: Tensor, chunks: Chunks) -> None:
+    if x_NGD.dim() != 3 or x_NGD.shape[:2] != (chunks.tokens, chunks.groups):
+        raise ValueError(f"x of shape {tuple(x_NGD.shape)}: must be [{chunks.tokens}, {chunks.groups}, head size]")
 
-    Blocks overlap, but those of one part don't: its backward writes each row once, where that of whole blocks
-    would add in an order that changes from run to run.
+
+class _BlockLinear(torch.autograd.Function):
+    """linear(each block's l * D values, w1), [C, G, F]: chunks times the weights of every part that they may be.
+
+    The taken tokens, a copy of x, are taken again in the backward.
     """
-    rows_Cd = first_C[:, None] + torch.arange(spec.compress_stride, device=first_C.device)
-    for start in range(0, spec.compress_block, spec.compress_stride):
-        yield rows_Cd + start
-
-
-class _Take(torch.autograd.Function):
-    """Rows that differ from each other: the gradient is put where they were, nothing is added."""
 
     @staticmethod
-    def forward(ctx: Any, x_NGD: Tensor, rows: Tensor) -> Tensor:
-        ctx.save_for_backward(rows)
-        ctx.shape = x_NGD.shape
-        return x_NGD[rows]
+    def forward(ctx: Any, x_NGD: Tensor, w1: Tensor, chunks: Chunks) -> Tensor:
+        ctx.save_for_backward(x_NGD, w1)
+        ctx.chunks = chunks
+        return chunks.add_up(linear(chunks.take(x_NGD), _stacked(w1, chunks.parts)))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (rows,) = ctx.saved_tensors
-        d_x = grad.new_zeros(ctx.shape)
-        d_x[rows] = grad
-        return d_x, None
-
-
-class _TakenLinear(torch.autograd.Function):
-    """linear(x_NGD[rows_Cd] as [C, G, d * D], w): the taken rows, a copy of x, are taken again in the backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x_NGD: Tensor, rows_Cd: Tensor, w: Tensor) -> Tensor:
-        ctx.save_for_backward(x_NGD, rows_Cd, w)
-        return linear(_taken(x_NGD, rows_Cd), w)
-
-    @staticmethod
-    def backward(ctx: Any, grad_CGF: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
-        x_NGD, rows_Cd, w = ctx.saved_tensors
-        d_x = d_w = None
+    def backward(ctx: Any, grad_CGF: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x_NGD, w1 = ctx.saved_tensors
+        chunks, d_x, d_w1 = ctx.chunks, None, None
+        d_y = chunks.spread(grad_CGF)
         if ctx.needs_input_grad[0]:
-            d_x = torch.zeros_like(x_NGD, memory_format=torch.contiguous_format)
-            parts_CGdD = (grad_CGF @ w).unflatten(2, (rows_Cd.shape[1], x_NGD.shape[2]))
-            d_x.flatten(0, 1)[_by_head(rows_Cd, x_NGD.shape[1])] = parts_CGdD
-        if ctx.needs_input_grad[2]:
-            d_w = grad_CGF.flatten(0, 1).T @ _taken(x_NGD, rows_Cd).flatten(0, 1)
-        return d_x, None, d_w
+            d_x = chunks.give_back(d_y @ _stacked(w1, chunks.parts))
+        if ctx.needs_input_grad[1]:
+            stacked = d_y.flatten(0, 1).T @ chunks.take(x_NGD).flatten(0, 1)
+            d_w1 = stacked.unflatten(0, (chunks.parts, -1)).transpose(0, 1).flatten(1)
+        return d_x, d_w1, None
 
 
-def _taken(x_NGD: Tensor, rows_Cd: Tensor) -> Tensor:
-    """[C, G, d * D]"""
-    return x_NGD.flatten(0, 1)[_by_head(rows_Cd, x_NGD.shape[1])].flatten(2)
+class _BlockSum(torch.autograd.Function):
+    """The sum of each block's l tokens, [C, G, D], in x's type, at least float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NGD: Tensor, chunks: Chunks) -> Tensor:
+        ctx.chunks, ctx.dtype = chunks, x_NGD.dtype
+        kind = torch.promote_types(x_NGD.dtype, torch.float32)
+        chunk_UGD = chunks.take(x_NGD).unflatten(2, (chunks.spec.compress_stride, -1)).sum(2, dtype=kind)
+        return chunks.add_up(chunk_UGD.repeat(1, 1, chunks.parts))
+
+    @staticmethod
+    def backward(ctx: Any, grad_CGD: Tensor) -> tuple[Tensor, None]:
+        chunks = ctx.chunks
+        chunk_UGD = chunks.spread(grad_CGD).unflatten(2, (chunks.parts, -1)).sum(2).to(ctx.dtype)
+        return chunks.give_back(chunk_UGD.repeat(1, 1, chunks.spec.compress_stride)), None
 
 
-def _by_head(rows_Cd: Tensor, groups: int) -> Tensor:
-    """[C, G, d]: each KV head's rows in [N * G, D]. So taken they are copied once, not again to be transposed."""
-    return rows_Cd[:, None] * groups + torch.arange(groups, device=rows_Cd.device)[:, None]
+def _stacked(w1: Tensor, parts: int) -> Tensor:
+    """[P * F, d * D], of which rows [p * F, (p + 1) * F) are the weights of part p."""
+    return w1.unflatten(1, (parts, -1)).transpose(0, 1).flatten(0, 1)

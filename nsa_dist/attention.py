@@ -57,11 +57,11 @@ class Compressor(nn.Module):
 
     def forward(self, x_NGD: Tensor, sequence: ShardedSequence) -> Tensor:
         """[C_own, G, D] from the tokens of the compression's buffer."""
-        first, spec = sequence.compress_first_C, sequence.packing.spec
+        chunks = sequence.compress_chunks(x_NGD.shape[1])
         if self.kind == "mean":
-            return compress_mean(x_NGD, first, spec)
+            return compress_mean(x_NGD, chunks)
         weights = self.up.weight, self.up.bias, self.down.weight, self.down.bias
-        return compress_mlp(x_NGD, first, self.position, *weights, spec)
+        return compress_mlp(x_NGD, chunks, self.position, *weights)
 
 
 class Attention(nn.Module):

@@ -231,8 +231,8 @@ class Layer:
         k, v, *others = self.kv
         halo = self.sequence.compress_halo
         buffer = unpack(apply(CompressHalo(halo), pack(k, v)), k, v)
-        first = self.sequence.compress_first_C
-        k_cmp, v_cmp = (_compress(x, first, *w) for x, w in zip(buffer, self.weights, strict=True))
+        chunks = self.sequence.compress_chunks(self.case.groups)
+        k_cmp, v_cmp = (compress_mlp(x, chunks, *w) for x, w in zip(buffer, self.weights, strict=True))
         self.out = apply(self.operation, self.q, k_cmp, v_cmp, *others, self.gates)
 
     def backward(self) -> None:
@@ -248,10 +248,6 @@ class Layer:
         sizes: list[tuple[int, ...]] = [(l, d), (2 * d, l * d), (2 * d,), (d, 2 * d), (d,)]
         made = [self._random(*size) for size in sizes]
         return [w * (l * d) ** -0.5 if w.dim() == 2 else w for w in made]
-
-
-def _compress(x: Tensor, first: Tensor, position: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-    return compress_mlp(x, first, position, w1, b1, w2, b2, SPEC)
 
 
 def line(row: Row) -> str:

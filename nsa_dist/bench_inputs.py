@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nsa_dist.kernels import NSASpec, nsa_attention
 from nsa_dist.kernels.attention import local_views
-from nsa_dist.kernels.compress import compress_mean
+from nsa_dist.kernels.compress import Chunks, compress_mean, make_chunks
 from nsa_dist.kernels.implementations import implementation
 from nsa_dist.kernels.packing import Packing
 from nsa_dist.kernels.selected import head_rows
@@ -34,9 +34,10 @@ class Shape:
     def random(self, *sizes: int) -> Tensor:
         return torch.randn(*sizes, device=self.device, dtype=TYPES[self.dtype])
 
-    def first_rows(self) -> Tensor:
-        """Where each compressed token's source starts."""
-        return torch.from_numpy(Packing(np.array([0, self.tokens]), SPEC).cmp_start).to(self.device)
+    def chunks(self) -> Chunks:
+        """What the compressed tokens are made of."""
+        first = Packing(np.array([0, self.tokens]), SPEC).cmp_start
+        return make_chunks(first, self.tokens, self.groups, SPEC, torch.device(self.device))
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ def nsa_inputs(shape: Shape) -> list[Tensor]:
 def by_mean(shape: Shape, inputs: list[Tensor]) -> Tensor:
     """Our output [T, H, Dv] from `nsa_inputs`, compressed by the mean: what rivals that compress so should give."""
     q, gates, k, v, *kv = inputs
-    k_cmp, v_cmp = (compress_mean(x, shape.first_rows(), SPEC) for x in (k, v))
+    chunks = shape.chunks()
+    k_cmp, v_cmp = (compress_mean(x, chunks) for x in (k, v))
     return one_sequence(q, gates, [k_cmp, v_cmp, *kv])
 
 

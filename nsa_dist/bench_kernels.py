@@ -262,7 +262,7 @@ def _flop(shape: Shape, part: str) -> tuple[float, float]:
 
 def _whole(shape: Shape, recompute: bool = False) -> Made:
     """From q, k, v and gates to the output, the compression of keys and values included."""
-    first = shape.first_rows()
+    chunks = shape.chunks()
 
     def weights(d: int) -> list[Tensor]:
         l = SPEC.compress_block
@@ -271,14 +271,10 @@ def _whole(shape: Shape, recompute: bool = False) -> Made:
         return [w * (l * d) ** -0.5 if w.dim() == 2 else w for w in made]
 
     def attend(q: Tensor, gates: Tensor, k: Tensor, v: Tensor, *xs: Tensor) -> Tensor:
-        k_cmp, v_cmp = (_compress(x, first, *w) for x, w in ((k, xs[4:9]), (v, xs[9:])))
+        k_cmp, v_cmp = (compress_mlp(x, chunks, *w) for x, w in ((k, xs[4:9]), (v, xs[9:])))
         return one_sequence(q, gates, [k_cmp, v_cmp, *xs[:4]], recompute)
 
     return Made(attend, [*nsa_inputs(shape), *weights(shape.dk), *weights(shape.dv)])
-
-
-def _compress(x: Tensor, first: Tensor, position: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-    return compress_mlp(x, first, position, w1, b1, w2, b2, SPEC)
 
 
 def _branches(shape: Shape, rates: Rates) -> list[Row]:

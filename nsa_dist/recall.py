@@ -69,8 +69,8 @@ class Recall(nn.Module):
         x = torch.cat([cast(Tensor, self.keys)[key_T] * KEY_SIZE**0.5, shown, asks_T[:, None]], dim=-1)
         q, k, v = self.query(x).view(-1, HEADS, DK), self.key(x)[:, None], self.value(x)[:, None]
         k, v = (part * ~asks_T[:, None, None] for part in (k, v))
-        first, spec = self.sequence.compress_first_C, self.sequence.packing.spec
-        cmp = compress_mean(k, first, spec), compress_mean(v, first, spec)
+        chunks = self.sequence.compress_chunks(1)
+        cmp = compress_mean(k, chunks), compress_mean(v, chunks)
         gates = self.gate(x).view(-1, HEADS, 3).sigmoid()
         return self.output(apply(self.operation, q, *cmp, k, v, k, v, gates).flatten(1))
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nsa_dist.kernels.compress import Chunks, make_chunks
 from nsa_dist.kernels.compressed import CompressedView, compressed_view
 from nsa_dist.kernels.packing import Ints, Packing, on_device
 from nsa_dist.kernels.select import Admitted
@@ -105,10 +106,20 @@ class ShardedSequence:
         return self._gather(self.layout, needs.compress_halo(self.layout, self.packing), "compress_halo")
 
     @cached_property
-    def compress_first_C(self) -> Tensor:
+    def compress_first(self) -> Ints:
         """[C_own]: the row in the compression's buffer at which each own compressed token begins."""
-        rows = np.searchsorted(self.compress_halo.items, self.packing.cmp_start[self.own_compressed])
-        return on_device(rows, self.device)
+        return np.searchsorted(self.compress_halo.items, self.packing.cmp_start[self.own_compressed])
+
+    def compress_chunks(self, groups: int) -> Chunks:
+        """What the own compressed tokens are made of, in the compression's buffer [N, G, D]."""
+        if groups not in self._compress_chunks:
+            rows, spec = len(self.compress_halo.items), self.packing.spec
+            self._compress_chunks[groups] = make_chunks(self.compress_first, rows, groups, spec, self.device)
+        return self._compress_chunks[groups]
+
+    @cached_property
+    def _compress_chunks(self) -> dict[int, Chunks]:
+        return {}
 
     @cached_property
     def window_halo(self) -> Gather:

@@ -165,7 +165,7 @@ def compare_halo(seq, model, x, wire):  # type: ignore[no-untyped-def]
     local = x[mine].clone().requires_grad_()
     buffer = apply(CompressHalo(seq.compress_halo), local)
     starts = seq.packing.cmp_start[seq.own_compressed][:, None] + np.arange(spec.compress_block)
-    rows = seq.compress_first_C[:, None] + torch.arange(spec.compress_block)
+    rows = seq.compress_first[:, None] + np.arange(spec.compress_block)
     if not torch.equal(buffer[rows], x[torch.from_numpy(starts)]):
         yield "sources differ"
     (grad,) = torch.autograd.grad(buffer, local, x[torch.from_numpy(seq.compress_halo.items)])
