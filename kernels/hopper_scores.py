@@ -1,8 +1,16 @@
-"""Gluon, Hopper: the scores' sums, with the next tile's products computed while these are summed.
+"""Gluon, Hopper: the scores' sums, by three warp groups and a warp that brings them rows and keys.
 
-The same function as in `scores.py`, for 16-bit types and head sizes that are sums of two powers of two.
+The same function as in `scores.py`, for 16-bit types, head sizes that are sums of two powers of two and groups of 4
+to 64 heads, a power of two. A tile's columns are the queries of the first head, of the second, …: the heads of a
+query are then in one thread (groups of up to 16), which adds them in their order, whatever the key: equal scores stay
+equal.
 """
 
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -10,95 +18,198 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from nsa_dist.kernels.hopper import _barrier, _fetch, start_products
+from nsa_dist.kernels.hopper import _SHARED, _copy_tile, _fetch, as_tiles, descriptors, start_products
 from nsa_dist.kernels.tile_ops import LOG2E
+from nsa_dist.kernels.tiled import Ranges
+from nsa_dist.kernels.tuning import pieces, programs, tuned
+
+_SPARE = 2048  # bytes, for the barriers
+COLUMNS = gl.constexpr(128)  # of a tile: the heads of its queries
+WORKERS = gl.constexpr(3)  # warp groups, which take the tiles of keys in turn
 
 
 @gluon.jit
-def _put_rows(ptr, row_M, here_M, to, D: gl.constexpr, START: gl.constexpr, WIDTH: gl.constexpr, COPY: gl.constexpr):
-    """Elements START … of rows to shared memory [M, WIDTH]."""
-    d = START + gl.arange(0, WIDTH, gl.SliceLayout(0, COPY))
-    to.store(gl.load(ptr + row_M[:, None] * D + d[None, :], mask=here_M[:, None], other=0.0))
-
-
-@gluon.jit
-def score_sums_kernel(
-    k1_desc, k2_desc, q_ptr, lse_ptr, lo_ptr, hi_ptr, bounds_ptr, sums_ptr, first_tile, heads, groups, k_head, width,
-    scale,
-    R: gl.constexpr, RP: gl.constexpr, DK: gl.constexpr, DK1: gl.constexpr, DK2: gl.constexpr,
-    BT: gl.constexpr, BN: gl.constexpr, PART: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
+def _tile(
+    item, tiles, first_tile, bounds_ptr, lo_ptr, hi_ptr, GROUPS: gl.constexpr, BN: gl.constexpr, PART: gl.constexpr
 ):  # fmt: skip
-    """As `scores.score_sums_kernel`."""
-    BM: gl.constexpr = BT * RP
-    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BM, 16])
-    copy: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [num_warps, 1], [1, 0])
-    dtype: gl.constexpr = k1_desc.dtype
-    tile, g = gl.program_id(0), gl.program_id(1)
+    """Some queries of a document, a KV head, and of the compressed tokens that the document sees `count` tiles."""
+    g, tile, first = item % GROUPS, item // GROUPS % tiles, item // GROUPS // tiles * PART
     begin = gl.load(bounds_ptr + 2 * (first_tile + tile)).to(gl.int32)
     stop = gl.load(bounds_ptr + 2 * (first_tile + tile) + 1).to(gl.int32)
     low = gl.load(lo_ptr + begin).to(gl.int32)  # of the document's first compressed token
-    all_see = gl.load(hi_ptr + begin).to(gl.int32) - low
-    first = gl.program_id(2) * PART
     end = gl.minimum(gl.load(hi_ptr + stop - 1).to(gl.int32) - low, first + PART)
-    tiles = (end - first + BN - 1) // BN
-    if tiles > 0:
-        k1 = gl.allocate_shared_memory(dtype, [STAGES, BN, DK1], k1_desc.layout)
-        k2 = gl.allocate_shared_memory(dtype, [STAGES, BN if DK2 > 0 else 8, DK2 if DK2 > 0 else 64], k2_desc.layout)
-        bar = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        for i in gl.static_range(STAGES):
-            mbarrier.init(bar.index(i), count=1)
-        fence_async_shared()
-        for i in gl.static_range(STAGES):
-            if i < tiles:
-                _fetch(k1_desc, k2_desc, low + first + i * BN, g * k_head, bar.index(i), k1.index(i), k2.index(i),
-                       DK1, DK2, BN)  # fmt: skip
-        q1 = gl.allocate_shared_memory(dtype, [BM, DK1], k1_desc.layout)
-        q2 = gl.allocate_shared_memory(dtype, [BM if DK2 > 0 else 8, DK2 if DK2 > 0 else 64], k2_desc.layout)
-        here_q, row_q, _ = _columns(begin, stop, heads, g, R, RP, BM, gl.SliceLayout(1, copy))
-        _put_rows(q_ptr, row_q, here_q, q1, DK, 0, DK1, copy)
-        if DK2 > 0:
-            _put_rows(q_ptr, row_q, here_q, q2, DK, DK1, DK2, copy)
-        fence_async_shared()
-        here, row, s_M = _columns(begin, stop, heads, g, R, RP, BM, gl.SliceLayout(0, scores))
-        lse2 = gl.load(lse_ptr + row, mask=here, other=float("inf")) * LOG2E
-        lse2 = gl.where(lse2 == float("-inf"), float("inf"), lse2)
-        seen = gl.load(hi_ptr + s_M, mask=here, other=0).to(gl.int32) - low
-        to_ptr = sums_ptr + (tile.to(gl.int64) * groups + g) * BT * width
-        factor = scale * LOG2E
-        _barrier()
-
-        mbarrier.wait(bar.index(0), 0)
-        s = start_products(k1.index(0), k2.index(0), q1, q2, DK2 > 0, BN, BM, scores)
-        s = warpgroup_mma_wait(0, deps=[s])
-        for j in range(tiles):
-            _barrier()  # all have read what is overwritten now
-            if j + STAGES < tiles:
-                slot = j % STAGES
-                _fetch(k1_desc, k2_desc, low + first + (j + STAGES) * BN, g * k_head, bar.index(slot),
-                       k1.index(slot), k2.index(slot), DK1, DK2, BN)  # fmt: skip
-            if j + 1 < tiles:
-                mbarrier.wait(bar.index((j + 1) % STAGES), ((j + 1) // STAGES) & 1)
-            after = (j + 1) % STAGES
-            following = start_products(k1.index(after), k2.index(after), q1, q2, DK2 > 0, BN, BM, scores)
-            n0 = first + j * BN
-            p = gl.exp2(s * factor - lse2[None, :])
-            if n0 + BN > all_see:
-                n = n0 + gl.arange(0, BN, gl.SliceLayout(1, scores))
-                p = gl.where(n[:, None] < seen[None, :], p, 0.0)
-            u = gl.sum(gl.reshape(p, [BN, BT, RP]), 2)
-            layout: gl.constexpr = u.type.layout
-            n = n0 + gl.arange(0, BN, gl.SliceLayout(1, layout))
-            t = gl.arange(0, BT, gl.SliceLayout(0, layout))
-            gl.store(to_ptr + t[None, :] * width + n[:, None], u, mask=(n < end)[:, None])
-            s = warpgroup_mma_wait(0, deps=[following])
+    return tile, g, begin, stop, low, first, end, (gl.maximum(end - first, 0) + BN - 1) // BN
 
 
 @gluon.jit
-def _columns(
-    begin, stop, heads, g, R: gl.constexpr, RP: gl.constexpr, BM: gl.constexpr, layout: gl.constexpr
+def _feed(
+    q1_desc, q2_desc, k1_desc, k2_desc, q1, q2, k1, k2, q_full, q_empty, k_full, k_empty, bounds_ptr, lo_ptr, hi_ptr,
+    item, step, items, tiles, first_tile, k_head,
+    R: gl.constexpr, GROUPS: gl.constexpr, DK1: gl.constexpr, DK2: gl.constexpr, BN: gl.constexpr,
+    PART: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
-    column = gl.arange(0, BM, layout)
-    s = begin + column // RP
-    here = (s < stop) & (column % RP < R)
-    return here, s.to(gl.int64) * heads + g * R + column % RP, s
+    """The warp that keeps the buffers full, across the ends of tiles."""
+    turn, n = 0, 0  # tiles of rows, and of keys, that have been asked for
+    while item < items:
+        _, g, begin, _, low, first, _, count = _tile(
+            item, tiles, first_tile, bounds_ptr, lo_ptr, hi_ptr, GROUPS, BN, PART
+        )
+        for j in range(count):
+            slot = n % STAGES
+            mbarrier.wait(k_empty.index(slot), ((n // STAGES) & 1) ^ 1)
+            _fetch(k1_desc, k2_desc, low + first + j * BN, g * k_head, k_full.index(slot), k1.index(slot),
+                   k2.index(slot), DK1, DK2, BN)  # fmt: skip
+            if j == 0:  # after the keys, which find room sooner where there is one slot
+                at = turn % SLOTS
+                mbarrier.wait(q_empty.index(at), ((turn // SLOTS) & 1) ^ 1)
+                mbarrier.expect(q_full.index(at), COLUMNS * (DK1 + DK2) * 2)
+                _copy_tile(q1_desc, [g * R, begin, 0], q_full.index(at), q1.index(at))
+                if DK2 > 0:
+                    _copy_tile(q2_desc, [g * R, begin, DK1], q_full.index(at), q2.index(at))
+            n += 1
+        if count > 0:
+            turn += 1
+        item += step
+
+
+@gluon.jit
+def _add(
+    which, q1, q2, k1, k2, q_full, q_empty, k_full, k_empty, bounds_ptr, lo_ptr, hi_ptr, lse_ptr, sums_ptr,
+    item, step, items, tiles, first_tile, width, scale,
+    R: gl.constexpr, GROUPS: gl.constexpr, DK1: gl.constexpr, DK2: gl.constexpr, BN: gl.constexpr,
+    PART: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
+):  # fmt: skip
+    """A warp group: every third tile of keys. While it sums, the others' products are under way."""
+    BM: gl.constexpr = COLUMNS
+    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
+    q1 = as_tiles(q1, SLOTS, BM, DK1, k1)
+    if DK2 > 0:
+        q2 = as_tiles(q2, SLOTS, BM, DK2, k2)
+    factor = scale * LOG2E
+    turn, n = 0, 0  # tiles of rows, and of keys, that are done
+    while item < items:
+        tile, g, begin, stop, low, first, end, count = _tile(
+            item, tiles, first_tile, bounds_ptr, lo_ptr, hi_ptr, GROUPS, BN, PART
+        )
+        if count > 0:
+            column = gl.arange(0, BM, gl.SliceLayout(0, scores))
+            s_M = begin + column % (BM // R)
+            row = s_M.to(gl.int64) * (R * GROUPS) + g * R + column // (BM // R)
+            lse2 = gl.load(lse_ptr + row, mask=s_M < stop, other=float("inf")) * LOG2E
+            lse2 = gl.where(lse2 == float("-inf"), float("inf"), lse2)
+            all_see = gl.load(hi_ptr + begin).to(gl.int32) - low
+            to_ptr = sums_ptr + (tile.to(gl.int64) * GROUPS + g) * (BM // R) * width
+            at = turn % SLOTS
+            mbarrier.wait(q_full.index(at), (turn // SLOTS) & 1)
+            for j in range(which, count, WORKERS):
+                slot = (n + j) % STAGES
+                mbarrier.wait(k_full.index(slot), ((n + j) // STAGES) & 1)
+                s = start_products(
+                    k1.index(slot), k2.index(slot), q1.index(at), q2.index(at), DK2 > 0, BN, BM, scores
+                )
+                s = warpgroup_mma_wait(0, deps=[s])
+                mbarrier.arrive(k_empty.index(slot), count=1)
+                _put_sums(s, first + j * BN, end, all_see, s_M, stop, low, lse2, factor, hi_ptr, to_ptr, width,
+                          R, BN, BM, scores)  # fmt: skip
+            mbarrier.arrive(q_empty.index(at), count=1)
+            turn += 1
+            n += count
+        item += step
+
+
+@gluon.jit
+def _put_sums(
+    s, n0, end, all_see, s_M, stop, low, lse2, factor, hi_ptr, to_ptr, width,
+    R: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """Of keys n0 … and the columns of BM // R queries: the probabilities, summed over a query's heads, to memory."""
+    p = gl.exp2(s * factor - lse2[None, :])
+    if n0 + BN > all_see:
+        seen = gl.load(hi_ptr + s_M, mask=s_M < stop, other=0).to(gl.int32) - low
+        n = n0 + gl.arange(0, BN, gl.SliceLayout(1, layout))
+        p = gl.where(n[:, None] < seen[None, :], p, 0.0)
+    u = p
+    if R > 1:
+        u = gl.sum(gl.reshape(p, [BN, R, BM // R]), 1)
+    n = n0 + gl.arange(0, BN, gl.SliceLayout(1, u.type.layout))
+    t = gl.arange(0, BM // R, gl.SliceLayout(0, u.type.layout))
+    gl.store(to_ptr + t[None, :] * width + n[:, None], u, mask=(n < end)[:, None])
+
+
+@gluon.jit(do_not_specialize=("items", "tiles", "first_tile"))
+def score_sums_kernel(
+    q1_desc, q2_desc, k1_desc, k2_desc, lse_ptr, lo_ptr, hi_ptr, bounds_ptr, sums_ptr, items, tiles, first_tile,
+    k_head, width, scale,
+    R: gl.constexpr, GROUPS: gl.constexpr, DK: gl.constexpr, DK1: gl.constexpr, DK2: gl.constexpr, BN: gl.constexpr,
+    PART: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
+):  # fmt: skip
+    """As `scores.score_sums_kernel`, from tile to tile."""
+    BM: gl.constexpr = COLUMNS
+    dtype: gl.constexpr = k1_desc.dtype
+    item, step = gl.program_id(0), gl.num_programs(0)
+    k1 = gl.allocate_shared_memory(dtype, [STAGES, BN, DK1], k1_desc.layout)
+    k2 = gl.allocate_shared_memory(dtype, [STAGES, BN if DK2 > 0 else 8, DK2 if DK2 > 0 else 64], k2_desc.layout)
+    q1 = gl.allocate_shared_memory(dtype, [SLOTS, R, BM // R, DK1], q1_desc.layout)
+    q2 = q1
+    if DK2 > 0:
+        q2 = gl.allocate_shared_memory(dtype, [SLOTS, R, BM // R, DK2], q2_desc.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(SLOTS):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=WORKERS)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=1)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (_add, (0, q1, q2, k1, k2, q_full, q_empty, k_full, k_empty, bounds_ptr, lo_ptr, hi_ptr, lse_ptr,
+                    sums_ptr, item, step, items, tiles, first_tile, width, scale, R, GROUPS, DK1, DK2, BN, PART,
+                    STAGES, SLOTS)),
+            (_add, (1, q1, q2, k1, k2, q_full, q_empty, k_full, k_empty, bounds_ptr, lo_ptr, hi_ptr, lse_ptr,
+                    sums_ptr, item, step, items, tiles, first_tile, width, scale, R, GROUPS, DK1, DK2, BN, PART,
+                    STAGES, SLOTS)),
+            (_add, (2, q1, q2, k1, k2, q_full, q_empty, k_full, k_empty, bounds_ptr, lo_ptr, hi_ptr, lse_ptr,
+                    sums_ptr, item, step, items, tiles, first_tile, width, scale, R, GROUPS, DK1, DK2, BN, PART,
+                    STAGES, SLOTS)),
+            (_feed, (q1_desc, q2_desc, k1_desc, k2_desc, q1, q2, k1, k2, q_full, q_empty, k_full, k_empty, bounds_ptr,
+                     lo_ptr, hi_ptr, item, step, items, tiles, first_tile, k_head, R, GROUPS, DK1, DK2, BN, PART,
+                     STAGES, SLOTS)),
+        ],
+        [4, 4, 1],
+        [160, 160, 24],
+    )  # fmt: skip
+
+
+def _by_head(q_SHD: Tensor, r: int) -> list[TensorDescriptor]:
+    """For tiles of COLUMNS rows, one head's queries after the other's, in two pieces; q is contiguous."""
+    (s, h, size), parts = q_SHD.shape, pieces("", q_SHD.shape[2])
+    dtype = gl.bfloat16 if q_SHD.dtype == torch.bfloat16 else gl.float16
+    made = []
+    for width in (parts["D1"], parts["D2"] or parts["D1"]):
+        block = [r, COLUMNS.value // r, width]
+        layout: Any = gl.NVMMASharedLayout.get_default_for(block, dtype)
+        made.append(TensorDescriptor(q_SHD, [h, s, size], [size, h * size, 1], block, layout))
+    return made
+
+
+def score_sums(
+    q: Tensor, k: Tensor, lse: Tensor, ranges: Ranges, bounds: Tensor, sums: Tensor, first: int, tiles: int,
+    width: int, part: int, scale: float,
+) -> None:  # fmt: skip
+    """The sums of `tiles` tiles of queries from tile `first` on, [tiles, G, queries of a tile, width]."""
+    (h, dk), groups = q.shape[1:], k.shape[1]
+    r, meta = h // groups, tuned("hopper_scores", q, dk, dk)
+    bn, rows = meta["BN"], 2 * COLUMNS.value * dk
+    slots = 2 if 2 * rows + 5 * 2 * bn * dk <= _SHARED - _SPARE else 1
+    stages = min(meta["num_stages"], (_SHARED - _SPARE - slots * rows) // (2 * bn * dk))
+    items = tiles * groups * triton.cdiv(width, part)
+    score_sums_kernel[(programs(items, min(width, part), q.device),)](
+        *_by_head(q, r), *descriptors(k, bn), lse, ranges.lo_S, ranges.hi_S, bounds, sums,
+        items, tiles, first, k.stride(1), width, scale, R=r, GROUPS=groups, **pieces("K", dk), BN=bn, PART=part,
+        STAGES=stages, SLOTS=slots, num_warps=4)  # fmt: skip

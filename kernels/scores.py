@@ -21,7 +21,7 @@ from nsa_dist.kernels.tuning import check_launch, count_launch, on_hopper, piece
 
 _CHUNK = 256  # blocks that are compared at once
 _PART_TILES = 32  # tiles of keys of a program
-_SUMS_BYTES = 128 << 20
+_SUMS_BYTES = 512 << 20
 
 
 @triton.jit
@@ -145,10 +145,12 @@ def select_blocks(
     if s == 0:
         return picks
     meta = tuned("scores", q, dk, dk)
-    small = target(q.device) == "interpreter"
+    small, r, rp = target(q.device) == "interpreter", h // groups, triton.next_power_of_2(h // groups)
+    # Of fewer heads the sums are as large as the products: no faster, and registers are spilled.
+    by_gluon = r in (4, 8, 16, 32, 64) and q.data_ptr() % 16 == 0 and on_hopper(q, k)
     # Queries of a tile: some 128 rows of a group's heads, half of it in float32, where sm_80 can't hold more.
     rows = 32 if small else 64 if q.element_size() == 4 else 128
-    tile = max(1, min(32, rows // triton.next_power_of_2(h // groups)))
+    tile = max(1, min(32, rows // rp))
     bounds = view.ranges.tiles_on_device(tile)
     top = max(2, triton.next_power_of_2(spec.select_count))
     width, part = max(16, triton.cdiv(view.ranges.longest, 16) * 16), _PART_TILES * meta["BN"]
@@ -161,21 +163,15 @@ def select_blocks(
     )
     lo, hi, weights = view.ranges.lo_S, view.ranges.hi_S, _weights(spec, q.device)
     count_launch("scores")
-    r, rp = h // groups, triton.next_power_of_2(h // groups)
     sizes = {"R": r, "RP": rp, **pieces("K", dk), "BT": tile, "BN": meta["BN"], "PART": part}
-    by_gluon = on_hopper(q, k) and 64 <= tile * rp <= 256
     for first in range(0, len(bounds), at_once):
         tiles = min(at_once, len(bounds) - first)
-        grid = (tiles, groups, triton.cdiv(width, part))
         if by_gluon:
-            from nsa_dist.kernels.hopper import descriptors
-            from nsa_dist.kernels.hopper_scores import score_sums_kernel as gluon_kernel
+            from nsa_dist.kernels import hopper_scores
 
-            gluon_kernel[grid](
-                *descriptors(k, meta["BN"]), q, lse_SH, lo, hi, bounds, sums, first, h, groups, k.stride(1),
-                width, scale, STAGES=meta["num_stages"], num_warps=meta["num_warps"], **sizes)  # fmt: skip
+            hopper_scores.score_sums(q, k, lse_SH, view.ranges, bounds, sums, first, tiles, width, part, scale)
         else:
-            score_sums_kernel[grid](
+            score_sums_kernel[(tiles, groups, triton.cdiv(width, part))](
                 q, k, lse_SH, lo, hi, bounds, sums, first, h, groups, k.stride(0), k.stride(1), width, scale,
                 PREC=precision(q), num_warps=meta["num_warps"], num_stages=meta["num_stages"], **sizes)  # fmt: skip
         choose_kernel[(tiles * tile, groups)](
