@@ -81,7 +81,11 @@ def _add(
     R: gl.constexpr, GROUPS: gl.constexpr, DK1: gl.constexpr, DK2: gl.constexpr, BN: gl.constexpr,
     PART: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
-    """A warp group: every third tile of keys. While it sums, the others' products are under way."""
+    """A warp group: every third tile of keys. While it sums, the others' products are under way.
+
+    A slot is always the same warp group's: who skips a round of a barrier can't tell that round from the next.
+    """
+    gl.static_assert(STAGES % WORKERS == 0)
     BM: gl.constexpr = COLUMNS
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
     q1 = as_tiles(q1, SLOTS, BM, DK1, k1)
@@ -103,7 +107,7 @@ def _add(
             to_ptr = sums_ptr + (tile.to(gl.int64) * GROUPS + g) * (BM // R) * width
             at = turn % SLOTS
             mbarrier.wait(q_full.index(at), (turn // SLOTS) & 1)
-            for j in range(which, count, WORKERS):
+            for j in range((which + WORKERS - n % WORKERS) % WORKERS, count, WORKERS):
                 slot = (n + j) % STAGES
                 mbarrier.wait(k_full.index(slot), ((n + j) // STAGES) & 1)
                 s = start_products(
@@ -206,10 +210,9 @@ def score_sums(
     (h, dk), groups = q.shape[1:], k.shape[1]
     r, meta = h // groups, tuned("hopper_scores", q, dk, dk)
     bn, rows = meta["BN"], 2 * COLUMNS.value * dk
-    slots = 2 if 2 * rows + 5 * 2 * bn * dk <= _SHARED - _SPARE else 1
-    stages = min(meta["num_stages"], (_SHARED - _SPARE - slots * rows) // (2 * bn * dk))
+    stages = min(meta["num_stages"], (_SHARED - _SPARE - 2 * rows) // (2 * bn * dk)) // WORKERS.value * WORKERS.value
     items = tiles * groups * triton.cdiv(width, part)
     score_sums_kernel[(programs(items, min(width, part), q.device),)](
         *_by_head(q, r), *descriptors(k, bn), lse, ranges.lo_S, ranges.hi_S, bounds, sums,
         items, tiles, first, k.stride(1), width, scale, R=r, GROUPS=groups, **pieces("K", dk), BN=bn, PART=part,
-        STAGES=stages, SLOTS=slots, num_warps=4)  # fmt: skip
+        STAGES=stages, SLOTS=2, num_warps=4)  # fmt: skip

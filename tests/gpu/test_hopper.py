@@ -27,6 +27,7 @@ CASES = [
     ([513, 2487], 64, 8, 128, 64, torch.bfloat16),
     ([1999], 32, 16, 192, 128, torch.bfloat16),
     ([1999], 32, 2, 96, 128, torch.bfloat16),
+    ([70, 2100], 32, 8, 192, 128, torch.bfloat16),
     ([2048], 32, 1, 256, 128, torch.bfloat16),
 ]
 
@@ -86,3 +87,15 @@ def test_results_are_those_of_the_plain_kernels(case: tuple[list[int], int, int,
             _close(forward(q, *rest), (grad.o_SHD, grad.lse_SH), dtype)
             _close(found, backward(grad, q, *rest), dtype)
         assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+
+
+@pytest.mark.parametrize(("heads", "groups", "dk"), [(64, 4, 192), (64, 16, 192), (64, 16, 128)])
+def test_the_selection_is_the_same_every_time(heads: int, groups: int, dk: int) -> None:
+    """At the length at which the sums leave the L2 cache: what the copy engine brings comes early and late."""
+    from nsa_dist.kernels import ranged, scores
+
+    views, (q, k, v, k_cmp, v_cmp) = _inputs([65536], (heads, dk), (groups, dk), (groups, dk), dtype=torch.bfloat16)
+    lse = ranged.range_forward(q, k_cmp, v_cmp, views.compressed.ranges, dk**-0.5)[1]
+    del k, v, v_cmp
+    found = [scores.select_blocks(q, k_cmp, lse, views.compressed, NSASpec(), dk**-0.5) for _ in range(30)]
+    assert all(torch.equal(found[0], again) for again in found)

@@ -118,8 +118,9 @@ def test_the_selection_at_64k_is_the_references(dtype: torch.dtype) -> None:
     assert (gap <= 1e-5).all()
 
 
-def test_equal_bits_at_64k_from_the_kernels_alone() -> None:
-    tokens, heads, groups, dk, dv = 65536, 32, 2, 192, 128
+@pytest.mark.parametrize(("heads", "groups"), [(32, 2), (32, 4), (64, 16)])
+def test_equal_bits_at_64k_from_the_kernels_alone(heads: int, groups: int) -> None:
+    tokens, dk, dv = 65536, 192, 128
     rows = Packing(np.array([0, tokens]), SPEC).compressed
     shapes = [
         (tokens, heads, dk),
