@@ -7,6 +7,7 @@ not hidden.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -374,7 +375,8 @@ def draw(rows: list[Row], chart: Path) -> None:
     if not layers:
         raise ConfigError(f"--chart {chart}: there is no layer on several ranks to draw")
     most = max(row["ranks"] for row in layers)
-    keys = sorted({(r["tokens"], r["selection"], r["heads"], r["dk"]) for r in layers if r["ranks"] == most})
+    of = Counter((r["tokens"], r["selection"], r["heads"], r["dk"]) for r in layers if r["ranks"] == most)
+    keys = sorted(key for key in of if of[key] == max(of.values()) or of[key] > 2)
     figure, axes = pyplot.subplots(1, len(keys), figsize=(3.2 * len(keys) + 1, 3.6), squeeze=False)
     for axis, key in zip(axes[0], keys, strict=True):
         found = [
