@@ -202,6 +202,12 @@ def _by_head(q_SHD: Tensor, r: int) -> list[TensorDescriptor]:
     return made
 
 
+def slots(dk: int, bn: int, most: int) -> int:
+    """Tiles of keys that are there or under way, beside the rows of two tiles: as many for each warp group."""
+    left = _SHARED - _SPARE - 2 * 2 * COLUMNS.value * dk
+    return min(most, left // (2 * bn * dk)) // WORKERS.value * WORKERS.value
+
+
 def score_sums(
     q: Tensor, k: Tensor, lse: Tensor, ranges: Ranges, bounds: Tensor, sums: Tensor, first: int, tiles: int,
     width: int, part: int, scale: float,
@@ -209,10 +215,9 @@ def score_sums(
     """The sums of `tiles` tiles of queries from tile `first` on, [tiles, G, queries of a tile, width]."""
     (h, dk), groups = q.shape[1:], k.shape[1]
     r, meta = h // groups, tuned("hopper_scores", q, dk, dk)
-    bn, rows = meta["BN"], 2 * COLUMNS.value * dk
-    stages = min(meta["num_stages"], (_SHARED - _SPARE - 2 * rows) // (2 * bn * dk)) // WORKERS.value * WORKERS.value
+    bn = meta["BN"]
     items = tiles * groups * triton.cdiv(width, part)
     score_sums_kernel[(programs(items, min(width, part), q.device),)](
         *_by_head(q, r), *descriptors(k, bn), lse, ranges.lo_S, ranges.hi_S, bounds, sums,
         items, tiles, first, k.stride(1), width, scale, R=r, GROUPS=groups, **pieces("K", dk), BN=bn, PART=part,
-        STAGES=stages, SLOTS=2, num_warps=4)  # fmt: skip
+        STAGES=slots(dk, bn, meta["num_stages"]), SLOTS=2, num_warps=4)  # fmt: skip
