@@ -77,8 +77,8 @@ def choose_kernel(
 ):  # fmt: skip
     """One query: the blocks with the highest scores, weighted sums of its row, ties to the lower index.
 
-    The lowest score that is taken is found bit by bit, by counting: no sort. Blocks come in chunks; those kept of
-    the chunks before lie before a chunk's, so that what is written ascends.
+    The lowest score that is taken is found bit by bit, by counting: no sort. Blocks come in chunks; those taken of
+    the chunks before are the first of the next, in their order, so that what is written ascends.
     """
     tile, t, g = tl.program_id(0) // BT, tl.program_id(0) % BT, tl.program_id(1)
     begin = tl.load(bounds_ptr + 2 * (first_tile + tile)).to(tl.int32)
@@ -86,49 +86,44 @@ def choose_kernel(
     if begin + t < stop:
         end = tl.load(hi_ptr + stop - 1).to(tl.int32) - tl.load(lo_ptr + begin).to(tl.int32)
         own = tl.load(own_ptr + begin + t).to(tl.int32)
-        query = tl.program_id(0).to(tl.int64) * groups + g
         row_ptr = sums_ptr + ((tile.to(tl.int64) * groups + g) * BT + t) * width
-        slot = tl.arange(0, TOP)
-        kept = tl.full([TOP], -1, tl.int32)
-        block = tl.full([TOP], -1, tl.int32)
+        keep_ptr += (tl.program_id(0).to(tl.int64) * groups + g) * TOP
         to_ptr = picks_ptr + ((begin + t).to(tl.int64) * groups + g) * count
-        for j0 in range(0, own + 1, CB):
-            j = j0 + tl.arange(0, CB)
+        e, total = tl.arange(0, CB), 0
+        for j0 in range(0, own + 1, CB - TOP):
+            j = j0 + e - TOP
+            new = (e >= TOP) & (j <= own)
             score = tl.zeros([CB], tl.float32)
             for o in tl.static_range(WEIGHTS):
                 n = j * STRIDE + (o - BEFORE)
-                score += tl.load(weight_ptr + o) * tl.load(row_ptr + n, mask=(n >= 0) & (n < end), other=0.0)
+                there = new & (n >= 0) & (n < end)
+                score += tl.load(weight_ptr + o) * tl.load(row_ptr + n, mask=there, other=0.0)
             key = score.to(tl.int32, bitcast=True)  # not negative: the bits' order is the numbers'
             key = tl.where((j < initial) | (j > own - local), 2147483647, key)
-            key = tl.where(j <= own, key, -1)
+            taken_before = e < total
+            key = tl.where(new, key, tl.load(keep_ptr + e, mask=taken_before, other=-1))
+            j = tl.where(new, j, tl.load(to_ptr + e, mask=taken_before, other=-1))
             # The highest number that `count` keys reach, bit by bit, until exactly so many do.
             # A query with no more blocks than that takes them all.
             lowest, bit, many = 0, tl.where(own < count, -1, 30), 0
             while (bit >= 0) & (many != count):
                 higher = lowest + (1 << bit)
-                reach = tl.sum((key >= higher).to(tl.int32)) + tl.sum((kept >= higher).to(tl.int32))
+                reach = tl.sum((key >= higher).to(tl.int32))
                 lowest = tl.where(reach >= count, higher, lowest)
                 many = tl.where(reach >= count, reach, many)
                 bit -= 1
-            taken, taken_kept = key >= lowest, kept >= lowest
-            if tl.sum(taken.to(tl.int32)) + tl.sum(taken_kept.to(tl.int32)) > count:  # ties at the cut
-                spare = count - tl.sum((key > lowest).to(tl.int32)) - tl.sum((kept > lowest).to(tl.int32))
-                equal, equal_kept = (key == lowest).to(tl.int32), (kept == lowest).to(tl.int32)
-                taken_kept = (kept > lowest) | ((kept == lowest) & (tl.cumsum(equal_kept) <= spare))
-                spare -= tl.sum(equal_kept)
-                taken = (key > lowest) | ((key == lowest) & (tl.cumsum(equal) <= spare))
-            first_new = tl.sum(taken_kept.to(tl.int32))
-            total = first_new + tl.sum(taken.to(tl.int32))
-            at_kept = tl.cumsum(taken_kept.to(tl.int32)) - 1
-            at = first_new + tl.cumsum(taken.to(tl.int32)) - 1
+            taken = key >= lowest
+            if tl.sum(taken.to(tl.int32)) > count:  # ties at the cut
+                spare = count - tl.sum((key > lowest).to(tl.int32))
+                taken = (key > lowest) | ((key == lowest) & (tl.cumsum((key == lowest).to(tl.int32)) <= spare))
+            at = tl.cumsum(taken.to(tl.int32)) - 1
+            total = tl.sum(taken.to(tl.int32))
             tl.debug_barrier()
-            tl.store(keep_ptr + query * TOP + at_kept, kept, mask=taken_kept)
-            tl.store(to_ptr + at_kept, block, mask=taken_kept)
-            tl.store(keep_ptr + query * TOP + at, key, mask=taken)
+            tl.store(keep_ptr + at, key, mask=taken)
             tl.store(to_ptr + at, j, mask=taken)
             tl.debug_barrier()
-            kept = tl.load(keep_ptr + query * TOP + slot, mask=slot < total, other=-1)
-            block = tl.load(to_ptr + slot, mask=slot < total, other=-1)
+        slot = tl.arange(0, TOP)
+        block = tl.load(to_ptr + slot, mask=slot < total, other=-1)
         tl.debug_barrier()
         block = tl.where(block < 0, -1, block + tl.load(first_ptr + begin).to(tl.int32))
         tl.store(to_ptr + slot, block, mask=slot < count)
@@ -158,9 +153,8 @@ def select_blocks(
     at_once = min(at_once, len(bounds))
     sums = q.new_empty(at_once * groups * tile * width, dtype=torch.float32)
     keep = q.new_empty(at_once * groups * tile * top, dtype=torch.int32)
-    chunk = (
-        16 if small else min(_CHUNK, triton.next_power_of_2(width * spec.compress_stride // spec.select_block + 2))
-    )
+    blocks = width * spec.compress_stride // spec.select_block + 2
+    chunk = 2 * top if small else max(2 * top, min(_CHUNK, triton.next_power_of_2(blocks + top)))
     lo, hi, weights = view.ranges.lo_S, view.ranges.hi_S, _weights(spec, q.device)
     count_launch("scores")
     sizes = {"R": r, "RP": rp, **pieces("K", dk), "BT": tile, "BN": meta["BN"], "PART": part}
