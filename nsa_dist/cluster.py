@@ -25,7 +25,7 @@ class Cluster:
     per_node: int = 8
     memory_gb: float = 141
     tflops: float = 450
-    attention_tflops: float = 225
+    attention_tflops: float = 300
     inside_gb_s: float = 300
     between_gb_s: float = 40
 
@@ -34,13 +34,13 @@ class Cluster:
         return np.arange(ranks, dtype=np.int64) // self.per_node
 
 
-# Matrix products at 45% of the data sheet's dense bfloat16; attention as measured on an H200 (README: 64k tokens),
-# on the others in proportion; two thirds of NVLink's one direction; 80% of one network card a GPU.
+# Matrix products at 45% of the data sheet's dense bfloat16; attention as measured on an H200 and an H100 at 64k
+# tokens, on the others in proportion; two thirds of NVLink's one direction; 80% of one network card a GPU.
 PRESETS = {
     "h200": Cluster(),
-    "h100": Cluster(memory_gb=80),
-    "a100": Cluster(memory_gb=80, tflops=140, attention_tflops=70, inside_gb_s=200, between_gb_s=20),
-    "b200": Cluster(memory_gb=180, tflops=1000, attention_tflops=500, inside_gb_s=600, between_gb_s=40),
+    "h100": Cluster(memory_gb=80, attention_tflops=250),
+    "a100": Cluster(memory_gb=80, tflops=140, attention_tflops=93, inside_gb_s=200, between_gb_s=20),
+    "b200": Cluster(memory_gb=180, tflops=1000, attention_tflops=670, inside_gb_s=600, between_gb_s=40),
 }
 
 
