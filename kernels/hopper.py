@@ -290,30 +290,30 @@ def store_rows(
     gl.store(to, x.to(ptr.dtype.element_ty), mask=mask)
 
 
+def descriptor(x: Tensor, shape: list[int], strides: list[int], block: list[int]) -> TensorDescriptor:
+    """x, seen as of this shape, for tiles `block` as products take them."""
+    dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
+    layout: Any = gl.NVMMASharedLayout.get_default_for(block, dtype)
+    return TensorDescriptor(x, shape, strides, block, layout)
+
+
+def piece_descriptors(x: Tensor, shape: list[int], strides: list[int], rows: list[int]) -> list[TensorDescriptor]:
+    """For tiles of these rows of x's last size, in two pieces."""
+    parts = pieces("", x.shape[-1])
+    return [descriptor(x, shape, strides, [*rows, width]) for width in (parts["D1"], parts["D2"] or parts["D1"])]
+
+
 def descriptors(x_NGD: Tensor, rows: int) -> list[TensorDescriptor]:
     """For tiles of `rows` rows of one head, in two pieces; the head is a column."""
-    size, parts = x_NGD.shape[-1], pieces("", x_NGD.shape[-1])
-    dtype = gl.bfloat16 if x_NGD.dtype == torch.bfloat16 else gl.float16
-    columns = (x_NGD.shape[1] - 1) * x_NGD.stride(1) + size
-    made = []
-    for width in (parts["D1"], parts["D2"] or parts["D1"]):
-        block = [rows, width]
-        layout: Any = gl.NVMMASharedLayout.get_default_for(block, dtype)
-        made.append(TensorDescriptor(x_NGD, [len(x_NGD), columns], [x_NGD.stride(0), 1], block, layout))
-    return made
+    columns = (x_NGD.shape[1] - 1) * x_NGD.stride(1) + x_NGD.shape[2]
+    return piece_descriptors(x_NGD, [len(x_NGD), columns], [x_NGD.stride(0), 1], [rows])
 
 
 def row_descriptors(x_SHD: Tensor, r: int, rows: int) -> list[TensorDescriptor]:
     """For tiles of so many rows, the r heads of neighbouring queries, in two pieces; x is contiguous."""
-    (_, h, size), parts = x_SHD.shape, pieces("", x_SHD.shape[2])
+    _, h, size = x_SHD.shape
     strides = [h * size, size, 1]  # torch's own may be anything where a size is 1
-    dtype = gl.bfloat16 if x_SHD.dtype == torch.bfloat16 else gl.float16
-    made = []
-    for width in (parts["D1"], parts["D2"] or parts["D1"]):
-        block = [max(1, rows // r), min(r, rows), width]
-        layout: Any = gl.NVMMASharedLayout.get_default_for(block, dtype)
-        made.append(TensorDescriptor(x_SHD, list(x_SHD.shape), strides, block, layout))
-    return made
+    return piece_descriptors(x_SHD, list(x_SHD.shape), strides, [max(1, rows // r), min(r, rows)])
 
 
 def range_forward(q: Tensor, k: Tensor, v: Tensor, ranges: Ranges, scale: float, o: Tensor, lse: Tensor) -> None:

@@ -19,7 +19,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from nsa_dist.kernels.hopper import _barrier, _copy_tile, as_tiles, start_products
-from nsa_dist.kernels.hopper_blocks import bring_rows, descriptor, parts_of, pick_row, picks_of, piece_of, send_rows
+from nsa_dist.kernels.hopper_blocks import (
+    bring_rows,
+    flat_descriptor,
+    parts_of,
+    pick_row,
+    picks_of,
+    piece_of,
+    send_rows,
+)
 from nsa_dist.kernels.tile_ops import LOG2E
 from nsa_dist.kernels.tuning import CHUNK
 
@@ -229,8 +237,8 @@ def arguments(
 ) -> tuple[list[Any], dict[str, int]]:
     """Descriptors, and what is compiled in beside the work items' width."""
     dk, dv = k.shape[1], v.shape[1]
-    made = [descriptor(x.view(-1, x.shape[-1]), r, 64) for x in (q, do)]
-    made += [descriptor(k, 64, 64), descriptor(v, 64, dv), descriptor(part_dq, r, 64)]
+    made = [flat_descriptor(x.view(-1, x.shape[-1]), r, 64) for x in (q, do)]
+    made += [flat_descriptor(k, 64, 64), flat_descriptor(v, 64, dv), flat_descriptor(part_dq, r, 64)]
     tile = 64 * (dk + dv) * q.element_size()
     stages = min(_STAGES, (_SHARED - 2 * 64 * 64 * q.element_size()) // tile - 1)
     sizes = {"R": r, "P1": 1 << (dk // 64).bit_length() - 1, "KP": dk // 64, "DV": dv, "STAGES": stages}

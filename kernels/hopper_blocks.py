@@ -8,7 +8,6 @@ registers and waits.
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -21,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from nsa_dist.kernels.hopper import _barrier, _copy_tile, as_tiles
+from nsa_dist.kernels.hopper import _barrier, _copy_tile, as_tiles, descriptor
 from nsa_dist.kernels.tile_ops import LOG2E
 from nsa_dist.kernels.tuning import CHUNK
 
@@ -229,7 +228,8 @@ def block_forward_kernel(
 def arguments(q: Tensor, k: Tensor, v: Tensor, part_o: Tensor, r: int) -> tuple[list[Any], dict[str, int]]:
     """Descriptors, and what is compiled in beside the work items' width."""
     flat, pieces, dv = q.view(-1, q.shape[-1]), k.shape[1] // 64, v.shape[1]
-    made = [descriptor(flat, r, 64), descriptor(k, 64, 64), descriptor(v, 64, dv), descriptor(part_o, r, 64)]
+    made = [flat_descriptor(flat, r, 64), flat_descriptor(k, 64, 64), flat_descriptor(v, 64, dv)]
+    made.append(flat_descriptor(part_o, r, 64))
     tiles = max(pieces, dv // 64)
     stages = min(_STAGES, (_SHARED - 64 * 2 * (64 * pieces + dv)) // (64 * 2 * 64 * tiles))
     return made, {
@@ -242,7 +242,5 @@ def arguments(q: Tensor, k: Tensor, v: Tensor, part_o: Tensor, r: int) -> tuple[
     }
 
 
-def descriptor(x_ND: Tensor, rows: int, width: int) -> TensorDescriptor:
-    dtype = gl.bfloat16 if x_ND.dtype == torch.bfloat16 else gl.float16
-    layout: Any = gl.NVMMASharedLayout.get_default_for([rows, width], dtype)
-    return TensorDescriptor(x_ND, list(x_ND.shape), list(x_ND.stride()), [rows, width], layout)
+def flat_descriptor(x_ND: Tensor, rows: int, width: int) -> TensorDescriptor:
+    return descriptor(x_ND, list(x_ND.shape), list(x_ND.stride()), [rows, width])

@@ -6,9 +6,6 @@ query are then in one thread (groups of up to 16), which adds them in their orde
 equal.
 """
 
-from typing import Any
-
-import torch
 import triton
 from torch import Tensor
 from triton.experimental import gluon
@@ -18,9 +15,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from nsa_dist.kernels.hopper import _SHARED, _copy_tile, _fetch, as_tiles, descriptors, start_products
+from nsa_dist.kernels.hopper import (
+    _SHARED,
+    _copy_tile,
+    _fetch,
+    as_tiles,
+    descriptors,
+    piece_descriptors,
+    start_products,
+)
 from nsa_dist.kernels.tile_ops import LOG2E
 from nsa_dist.kernels.tiled import Ranges
 from nsa_dist.kernels.tuning import pieces, programs, tuned
@@ -28,6 +32,7 @@ from nsa_dist.kernels.tuning import pieces, programs, tuned
 _SPARE = 2048  # bytes, for the barriers
 COLUMNS = gl.constexpr(128)  # of a tile: the heads of its queries
 WORKERS = gl.constexpr(3)  # warp groups, which take the tiles of keys in turn
+ROW_SLOTS = gl.constexpr(2)  # tiles of rows that are there or under way
 
 
 @gluon.jit
@@ -48,7 +53,7 @@ def _feed(
     q1_desc, q2_desc, k1_desc, k2_desc, q1, q2, k1, k2, q_full, q_empty, k_full, k_empty, bounds_ptr, lo_ptr, hi_ptr,
     item, step, items, tiles, first_tile, k_head,
     R: gl.constexpr, GROUPS: gl.constexpr, DK1: gl.constexpr, DK2: gl.constexpr, BN: gl.constexpr,
-    PART: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
+    PART: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The warp that keeps the buffers full, across the ends of tiles."""
     turn, n = 0, 0  # tiles of rows, and of keys, that have been asked for
@@ -61,9 +66,9 @@ def _feed(
             mbarrier.wait(k_empty.index(slot), ((n // STAGES) & 1) ^ 1)
             _fetch(k1_desc, k2_desc, low + first + j * BN, g * k_head, k_full.index(slot), k1.index(slot),
                    k2.index(slot), DK1, DK2, BN)  # fmt: skip
-            if j == 0:  # after the keys, which find room sooner where there is one slot
-                at = turn % SLOTS
-                mbarrier.wait(q_empty.index(at), ((turn // SLOTS) & 1) ^ 1)
+            if j == 0:
+                at = turn % ROW_SLOTS
+                mbarrier.wait(q_empty.index(at), ((turn // ROW_SLOTS) & 1) ^ 1)
                 mbarrier.expect(q_full.index(at), COLUMNS * (DK1 + DK2) * 2)
                 _copy_tile(q1_desc, [g * R, begin, 0], q_full.index(at), q1.index(at))
                 if DK2 > 0:
@@ -79,7 +84,7 @@ def _add(
     which, q1, q2, k1, k2, q_full, q_empty, k_full, k_empty, bounds_ptr, lo_ptr, hi_ptr, lse_ptr, sums_ptr,
     item, step, items, tiles, first_tile, width, scale,
     R: gl.constexpr, GROUPS: gl.constexpr, DK1: gl.constexpr, DK2: gl.constexpr, BN: gl.constexpr,
-    PART: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
+    PART: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """A warp group: every third tile of keys. While it sums, the others' products are under way.
 
@@ -88,9 +93,9 @@ def _add(
     gl.static_assert(STAGES % WORKERS == 0)
     BM: gl.constexpr = COLUMNS
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
-    q1 = as_tiles(q1, SLOTS, BM, DK1, k1)
+    q1 = as_tiles(q1, ROW_SLOTS, BM, DK1, k1)
     if DK2 > 0:
-        q2 = as_tiles(q2, SLOTS, BM, DK2, k2)
+        q2 = as_tiles(q2, ROW_SLOTS, BM, DK2, k2)
     factor = scale * LOG2E
     turn, n = 0, 0  # tiles of rows, and of keys, that are done
     while item < items:
@@ -105,8 +110,8 @@ def _add(
             lse2 = gl.where(lse2 == float("-inf"), float("inf"), lse2)
             all_see = gl.load(hi_ptr + begin).to(gl.int32) - low
             to_ptr = sums_ptr + (tile.to(gl.int64) * GROUPS + g) * (BM // R) * width
-            at = turn % SLOTS
-            mbarrier.wait(q_full.index(at), (turn // SLOTS) & 1)
+            at = turn % ROW_SLOTS
+            mbarrier.wait(q_full.index(at), (turn // ROW_SLOTS) & 1)
             for j in range((which + WORKERS - n % WORKERS) % WORKERS, count, WORKERS):
                 slot = (n + j) % STAGES
                 mbarrier.wait(k_full.index(slot), ((n + j) // STAGES) & 1)
@@ -134,9 +139,7 @@ def _put_sums(
         seen = gl.load(hi_ptr + s_M, mask=s_M < stop, other=0).to(gl.int32) - low
         n = n0 + gl.arange(0, BN, gl.SliceLayout(1, layout))
         p = gl.where(n[:, None] < seen[None, :], p, 0.0)
-    u = p
-    if R > 1:
-        u = gl.sum(gl.reshape(p, [BN, R, BM // R]), 1)
+    u = gl.sum(gl.reshape(p, [BN, R, BM // R]), 1)
     n = n0 + gl.arange(0, BN, gl.SliceLayout(1, u.type.layout))
     t = gl.arange(0, BM // R, gl.SliceLayout(0, u.type.layout))
     gl.store(to_ptr + t[None, :] * width + n[:, None], u, mask=(n < end)[:, None])
@@ -147,7 +150,7 @@ def score_sums_kernel(
     q1_desc, q2_desc, k1_desc, k2_desc, lse_ptr, lo_ptr, hi_ptr, bounds_ptr, sums_ptr, items, tiles, first_tile,
     k_head, width, scale,
     R: gl.constexpr, GROUPS: gl.constexpr, DK: gl.constexpr, DK1: gl.constexpr, DK2: gl.constexpr, BN: gl.constexpr,
-    PART: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
+    PART: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """As `scores.score_sums_kernel`, from tile to tile."""
     BM: gl.constexpr = COLUMNS
@@ -155,15 +158,15 @@ def score_sums_kernel(
     item, step = gl.program_id(0), gl.num_programs(0)
     k1 = gl.allocate_shared_memory(dtype, [STAGES, BN, DK1], k1_desc.layout)
     k2 = gl.allocate_shared_memory(dtype, [STAGES, BN if DK2 > 0 else 8, DK2 if DK2 > 0 else 64], k2_desc.layout)
-    q1 = gl.allocate_shared_memory(dtype, [SLOTS, R, BM // R, DK1], q1_desc.layout)
+    q1 = gl.allocate_shared_memory(dtype, [ROW_SLOTS, R, BM // R, DK1], q1_desc.layout)
     q2 = q1
     if DK2 > 0:
-        q2 = gl.allocate_shared_memory(dtype, [SLOTS, R, BM // R, DK2], q2_desc.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+        q2 = gl.allocate_shared_memory(dtype, [ROW_SLOTS, R, BM // R, DK2], q2_desc.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [ROW_SLOTS, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [ROW_SLOTS, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(SLOTS):
+    for i in gl.static_range(ROW_SLOTS):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=WORKERS)
     for i in gl.static_range(STAGES):
@@ -174,37 +177,25 @@ def score_sums_kernel(
         [
             (_add, (0, q1, q2, k1, k2, q_full, q_empty, k_full, k_empty, bounds_ptr, lo_ptr, hi_ptr, lse_ptr,
                     sums_ptr, item, step, items, tiles, first_tile, width, scale, R, GROUPS, DK1, DK2, BN, PART,
-                    STAGES, SLOTS)),
+                    STAGES)),
             (_add, (1, q1, q2, k1, k2, q_full, q_empty, k_full, k_empty, bounds_ptr, lo_ptr, hi_ptr, lse_ptr,
                     sums_ptr, item, step, items, tiles, first_tile, width, scale, R, GROUPS, DK1, DK2, BN, PART,
-                    STAGES, SLOTS)),
+                    STAGES)),
             (_add, (2, q1, q2, k1, k2, q_full, q_empty, k_full, k_empty, bounds_ptr, lo_ptr, hi_ptr, lse_ptr,
                     sums_ptr, item, step, items, tiles, first_tile, width, scale, R, GROUPS, DK1, DK2, BN, PART,
-                    STAGES, SLOTS)),
+                    STAGES)),
             (_feed, (q1_desc, q2_desc, k1_desc, k2_desc, q1, q2, k1, k2, q_full, q_empty, k_full, k_empty, bounds_ptr,
                      lo_ptr, hi_ptr, item, step, items, tiles, first_tile, k_head, R, GROUPS, DK1, DK2, BN, PART,
-                     STAGES, SLOTS)),
+                     STAGES)),
         ],
         [4, 4, 1],
         [160, 160, 24],
     )  # fmt: skip
 
 
-def _by_head(q_SHD: Tensor, r: int) -> list[TensorDescriptor]:
-    """For tiles of COLUMNS rows, one head's queries after the other's, in two pieces; q is contiguous."""
-    (s, h, size), parts = q_SHD.shape, pieces("", q_SHD.shape[2])
-    dtype = gl.bfloat16 if q_SHD.dtype == torch.bfloat16 else gl.float16
-    made = []
-    for width in (parts["D1"], parts["D2"] or parts["D1"]):
-        block = [r, COLUMNS.value // r, width]
-        layout: Any = gl.NVMMASharedLayout.get_default_for(block, dtype)
-        made.append(TensorDescriptor(q_SHD, [h, s, size], [size, h * size, 1], block, layout))
-    return made
-
-
 def slots(dk: int, bn: int, most: int) -> int:
-    """Tiles of keys that are there or under way, beside the rows of two tiles: as many for each warp group."""
-    left = _SHARED - _SPARE - 2 * 2 * COLUMNS.value * dk
+    """Tiles of keys that are there or under way, as many for each warp group."""
+    left = _SHARED - _SPARE - 2 * ROW_SLOTS.value * COLUMNS.value * dk
     return min(most, left // (2 * bn * dk)) // WORKERS.value * WORKERS.value
 
 
@@ -217,7 +208,8 @@ def score_sums(
     r, meta = h // groups, tuned("hopper_scores", q, dk, dk)
     bn = meta["BN"]
     items = tiles * groups * triton.cdiv(width, part)
+    by_head = piece_descriptors(q, [h, len(q), dk], [dk, h * dk, 1], [r, COLUMNS.value // r])
     score_sums_kernel[(programs(items, min(width, part), q.device),)](
-        *_by_head(q, r), *descriptors(k, bn), lse, ranges.lo_S, ranges.hi_S, bounds, sums,
-        items, tiles, first, k.stride(1), width, scale, R=r, GROUPS=groups, **pieces("K", dk), BN=bn, PART=part,
-        STAGES=slots(dk, bn, meta["num_stages"]), SLOTS=2, num_warps=4)  # fmt: skip
+        *by_head, *descriptors(k, bn), lse, ranges.lo_S, ranges.hi_S, bounds, sums, items, tiles, first, k.stride(1),
+        width, scale, R=r, GROUPS=groups, **pieces("K", dk), BN=bn, PART=part,
+        STAGES=slots(dk, bn, meta["num_stages"]), num_warps=4)  # fmt: skip

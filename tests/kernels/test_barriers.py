@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from nsa_dist.kernels.tuning import configuration
+
 WORK, COPY, LONG = 800, 1000, 10000  # clock cycles: a tile's sums, a copy, one of ten copies
 
 
@@ -118,7 +120,9 @@ def fine(slots: int, workers: int, runs: int = 40) -> int:
 @pytest.mark.parametrize("dk", [64, 96, 128, 192, 256])
 def test_every_tile_of_keys_is_the_one_that_was_meant(dk: int) -> None:
     hopper_scores = pytest.importorskip("nsa_dist.kernels.hopper_scores")
-    assert fine(hopper_scores.slots(dk, 64, 6), hopper_scores.WORKERS.value) == 40
+    meta = dict(configuration("hopper_scores", "sm_90", False, dk))
+    slots = hopper_scores.slots(dk, meta["BN"], meta["num_stages"])
+    assert fine(slots, hopper_scores.WORKERS.value) == 40
 
 
 def test_the_model_finds_slots_that_change_hands() -> None:
