@@ -25,6 +25,7 @@ from nsa_dist.kernels.hopper_blocks import (
     parts_of,
     pick_row,
     picks_of,
+    picks_of_item,
     piece_of,
     send_rows,
 )
@@ -191,12 +192,9 @@ def block_backward_kernel(
         before = gl.load(item_start_ptr + segment)
         part, alone = item - before, gl.load(item_start_ptr + segment + 1) - before == 1
         split = gl.load(split_start_ptr + segment) - gl.load(split_start_ptr + chunk * segments) + part
-        first = gl.load(start_ptr + segment) + part * WIDTH
-        stop = gl.minimum(first + WIDTH, gl.load(start_ptr + segment + 1))
-        which = segment % segments + first_head * blocks
-        g = which // blocks
-        base = (first_query + first_head * chunk_queries + g * (all_queries - chunk_queries)) * count  # blocks._base
-        begin, end = gl.load(begin_ptr + which).to(gl.int32), gl.load(end_ptr + which).to(gl.int32)
+        first, stop, g, base, begin, end = picks_of_item(
+            segment, part, start_ptr, begin_ptr, end_ptr, first_head, first_query, segments, blocks, chunk_queries,
+            all_queries, count, WIDTH)  # fmt: skip
         dtype: gl.constexpr = q_desc.dtype
         layout: gl.constexpr = k_desc.layout
         q = gl.allocate_shared_memory(dtype, [STAGES * P1, 64, 64], layout)

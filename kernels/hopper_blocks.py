@@ -178,6 +178,20 @@ def _attend(
         pick, next_pick, token_M = next_pick, later_pick, next_token_M
 
 
+@gluon.jit
+def picks_of_item(
+    segment, part, start_ptr, begin_ptr, end_ptr, first_head, first_query, segments, blocks, chunk_queries,
+    all_queries, count, WIDTH: gl.constexpr,
+):  # fmt: skip
+    """Of a segment's part: its picks [first, stop), KV head, the first of the chunk's picks, the block's rows."""
+    first = gl.load(start_ptr + segment) + part * WIDTH
+    stop = gl.minimum(first + WIDTH, gl.load(start_ptr + segment + 1))
+    which = segment % segments + first_head * blocks
+    g = which // blocks
+    base = (first_query + first_head * chunk_queries + g * (all_queries - chunk_queries)) * count  # blocks._base
+    return first, stop, g, base, gl.load(begin_ptr + which).to(gl.int32), gl.load(end_ptr + which).to(gl.int32)
+
+
 @gluon.jit(do_not_specialize=CHUNK)
 def block_forward_kernel(
     q_desc, k_desc, v_desc, o_desc, token_q_ptr, token_k_ptr, begin_ptr, end_ptr, order_ptr, start_ptr,
@@ -191,12 +205,9 @@ def block_forward_kernel(
     if item < gl.load(item_start_ptr + (chunk + 1) * segments):
         segment = gl.load(segment_ptr + item)
         part = item - gl.load(item_start_ptr + segment)
-        first = gl.load(start_ptr + segment) + part * WIDTH
-        stop = gl.minimum(first + WIDTH, gl.load(start_ptr + segment + 1))
-        which = segment % segments + first_head * blocks
-        g = which // blocks
-        base = (first_query + first_head * chunk_queries + g * (all_queries - chunk_queries)) * count  # blocks._base
-        begin, end = gl.load(begin_ptr + which).to(gl.int32), gl.load(end_ptr + which).to(gl.int32)
+        first, stop, g, base, begin, end = picks_of_item(
+            segment, part, start_ptr, begin_ptr, end_ptr, first_head, first_query, segments, blocks, chunk_queries,
+            all_queries, count, WIDTH)  # fmt: skip
         dtype: gl.constexpr = q_desc.dtype
         q = gl.allocate_shared_memory(dtype, [STAGES * (DV // 64), 64, 64], k_desc.layout)
         q_rest = q
