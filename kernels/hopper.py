@@ -47,6 +47,17 @@ def as_tiles(x, TILES: gl.constexpr, ROWS: gl.constexpr, WIDTH: gl.constexpr, li
 
 
 @gluon.jit
+def slot_barriers(SLOTS: gl.constexpr, READERS: gl.constexpr):
+    """Of so many slots two barriers each: filled by the copy engine, emptied by all its readers."""
+    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(SLOTS):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=READERS)
+    return full, empty
+
+
+@gluon.jit
 def _fetch(desc1, desc2, n, column, bar, to1, to2, D1: gl.constexpr, D2: gl.constexpr, BN: gl.constexpr):
     """Starts copying BN rows of one KV head, in two pieces."""
     mbarrier.expect(bar, BN * (D1 + D2) * 2)
@@ -240,15 +251,11 @@ def range_forward_kernel(
     q2 = q1
     if DK2 > 0:
         q2 = gl.allocate_shared_memory(dtype, [2 * SLOTS, 64 // R, R, DK2], q2_desc.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [2 * SLOTS, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [2 * SLOTS, 1], mbarrier.MBarrierLayout())
+    q_full, q_empty = slot_barriers(2 * SLOTS, 1)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2 * SLOTS):
-        mbarrier.init(q_full.index(i), count=1)
-        mbarrier.init(q_empty.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)

@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from nsa_dist.kernels.hopper import _barrier, _copy_tile, as_tiles, start_products
+from nsa_dist.kernels.hopper import _barrier, _copy_tile, as_tiles, slot_barriers, start_products
 from nsa_dist.kernels.hopper_blocks import (
     bring_rows,
     flat_descriptor,
@@ -207,12 +207,8 @@ def block_backward_kernel(
         v = gl.allocate_shared_memory(dtype, [64, DV], layout)
         p_tile = gl.allocate_shared_memory(dtype, [64, 64], layout)
         ds_tile = gl.allocate_shared_memory(dtype, [64, 64], layout)
-        full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        done = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        full, done = slot_barriers(STAGES, 1)
         kv_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-        for i in gl.static_range(STAGES):
-            mbarrier.init(full.index(i), count=1)
-            mbarrier.init(done.index(i), count=1)
         mbarrier.init(kv_full, count=1)
         fence_async_shared()
         head_queries = g * all_queries

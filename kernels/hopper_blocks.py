@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from nsa_dist.kernels.hopper import _barrier, _copy_tile, as_tiles, descriptor
+from nsa_dist.kernels.hopper import _barrier, _copy_tile, as_tiles, descriptor, slot_barriers
 from nsa_dist.kernels.tile_ops import LOG2E
 from nsa_dist.kernels.tuning import CHUNK
 
@@ -215,12 +215,8 @@ def block_forward_kernel(
             q_rest = gl.allocate_shared_memory(dtype, [STAGES * REST, 64, 64], k_desc.layout)
         k = gl.allocate_shared_memory(dtype, [PIECES, 64, 64], k_desc.layout)
         v = gl.allocate_shared_memory(dtype, [64, DV], v_desc.layout)
-        q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        q_done = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        q_full, q_done = slot_barriers(STAGES, 1)
         kv_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-        for i in gl.static_range(STAGES):
-            mbarrier.init(q_full.index(i), count=1)
-            mbarrier.init(q_done.index(i), count=1)
         mbarrier.init(kv_full, count=1)
         fence_async_shared()
         gl.warp_specialize(

@@ -24,6 +24,7 @@ from nsa_dist.kernels.hopper import (
     as_tiles,
     descriptors,
     row_descriptors,
+    slot_barriers,
     start_products,
     store_rows,
 )
@@ -155,16 +156,8 @@ def range_dq_kernel(
         q2 = gl.allocate_shared_memory(dtype, [2, 64 // R, R, DK2], q2_desc.layout)
         k2 = gl.allocate_shared_memory(dtype, [STAGES, BN, DK2], k2_desc.layout)
     v = gl.allocate_shared_memory(dtype, [STAGES, BN, DV], v_desc.layout)
-    rows_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    rows_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2):
-        mbarrier.init(rows_full.index(i), count=1)
-        mbarrier.init(rows_empty.index(i), count=1)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
+    rows_full, rows_empty = slot_barriers(2, 1)
+    full, empty = slot_barriers(STAGES, 2)
     fence_async_shared()
     gl.warp_specialize(
         [

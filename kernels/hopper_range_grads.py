@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from nsa_dist.kernels.hopper import _copy_tile, as_tiles, descriptors, row_descriptors, start_products
+from nsa_dist.kernels.hopper import _copy_tile, as_tiles, descriptors, row_descriptors, slot_barriers, start_products
 from nsa_dist.kernels.tile_ops import LOG2E
 from nsa_dist.kernels.tiled import Ranges
 from nsa_dist.kernels.tuning import count_launch, head_sizes
@@ -166,12 +166,8 @@ def range_dkv_kernel(
     v = gl.allocate_shared_memory(dtype, [2, 64, DV], v_desc.layout)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     vectors = gl.allocate_shared_memory(gl.float32, [3 * STAGES, BM], plain)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    full, empty = slot_barriers(STAGES, 2)
     kv_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
     mbarrier.init(kv_full, count=1)
     fence_async_shared()
     gl.warp_specialize(

@@ -23,6 +23,7 @@ from nsa_dist.kernels.hopper import (
     as_tiles,
     descriptors,
     piece_descriptors,
+    slot_barriers,
     start_products,
 )
 from nsa_dist.kernels.tile_ops import LOG2E
@@ -162,16 +163,8 @@ def score_sums_kernel(
     q2 = q1
     if DK2 > 0:
         q2 = gl.allocate_shared_memory(dtype, [ROW_SLOTS, R, BM // R, DK2], q2_desc.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [ROW_SLOTS, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [ROW_SLOTS, 1], mbarrier.MBarrierLayout())
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(ROW_SLOTS):
-        mbarrier.init(q_full.index(i), count=1)
-        mbarrier.init(q_empty.index(i), count=WORKERS)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=1)
+    q_full, q_empty = slot_barriers(ROW_SLOTS, WORKERS)
+    k_full, k_empty = slot_barriers(STAGES, 1)
     fence_async_shared()
     gl.warp_specialize(
         [
