@@ -38,7 +38,7 @@ from nsa_dist.kernels.tiled import make_ranges, window_ranges
 # Shared memory of a program in bytes: CUDA programming guide, table of compute capabilities; CDNA 3 and 4 ISA.
 SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536, "gfx950": 163840}
 SPILLS = 1024  # on an H200 the fastest block_backward spills 740: nothing that spills less is as fast
-SIZES = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
+SIZES = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
 GROUPS = (1, 4, 16)
 _NAMES = {
@@ -95,7 +95,7 @@ def record(target: str, case: Case) -> dict[str, Launch]:
         ranged.range_backward(branch, q, k_cmp, v_cmp, view.ranges, 1.0, q)
         scores.select_blocks(q, k_cmp, lse, view, spec, 1.0)
         blocks.selected_forward(q, *flat, picks, token, index, 1.0, (do, lse))
-        blocks.selected_forward(q, *flat, picks, token, index, 1.0)
+        blocks.selected_combined(gates, do, do, q, *flat, picks, token, index, 1.0)
         if max(dk, dv) <= tuning.largest("block_backward", q):  # else refused by name
             blocks.selected_backward(branch, q, *flat, picks, token, index, 1.0, q)
         gating.combine_forward(gates, [do] * 3)

@@ -107,10 +107,9 @@ def nsa_forward(
         sums = unit_sums(q, k_cmp, tokens, views.compressed, spec, scale, views.span.units)
         admitted = admit(sums, views.span, spec)
     o_cmp, lse_cmp, picks = local.compressed_forward(q, k_cmp, v_cmp, views.compressed, spec, scale, admitted)
-    rows = head_rows(k_slc), head_rows(v_slc)
-    o_slc, lse_slc = local.selected_forward(q, *rows, picks, views.token_S, views.blocks, scale)
     o_win, lse_win = local.range_forward(q, k_win, v_win, views.window, scale)
-    out = local.combine_forward(gates, [o_cmp, o_slc, o_win])
+    slc = q, head_rows(k_slc), head_rows(v_slc), picks, views.token_S, views.blocks, scale
+    o_slc, lse_slc, out = local.selected_combined(gates, o_cmp, o_win, *slc)
     return [out, o_cmp, o_slc, o_win, lse_cmp, lse_slc, lse_win, picks]
 
 

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_dist.kernels.branch import BranchGrad
+from nsa_dist.kernels.gating import combine_forward, gated_sum, load_gates
 from nsa_dist.kernels.ranged import rows_contiguous
 from nsa_dist.kernels.selected import BlockIndex, check_picks
 from nsa_dist.kernels.tile_ops import (
@@ -163,14 +164,15 @@ def _of_slot(x, slot, SLOTS: tl.constexpr):
 
 @triton.jit(do_not_specialize=CHUNK)
 def merge_kernel(
-    part_o_ptr, part_lse_ptr, picks_ptr, begin_ptr, end_ptr, o_ptr, lse_ptr, first_head, first_query, queries,
-    chunk_queries, all_queries, heads, blocks, count,
+    part_o_ptr, part_lse_ptr, picks_ptr, begin_ptr, end_ptr, o_ptr, lse_ptr, gates_ptr, o_cmp_ptr, o_win_ptr, out_ptr,
+    first_head, first_query, queries, chunk_queries, all_queries, heads, blocks, count,
     R: tl.constexpr, DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, SLOTS: tl.constexpr, ONTO: tl.constexpr,
-    BM: tl.constexpr, UNROLL: tl.constexpr,
+    GATED: tl.constexpr, BM: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """A query's output from those over its blocks, in the order of its picks; ONTO: after what is in o and lse.
 
-    All weights are known before the first row is read, so that many rows are under way together.
+    All weights are known before the first row is read, so that many rows are under way together. GATED: the sum of
+    the three branches too, as `gating.combine_kernel` makes it of what is stored.
     """
     g, here, row, pick, partial = _slot_rows(
         first_head, first_query, queries, chunk_queries, all_queries, heads, count, R, BM
@@ -201,6 +203,16 @@ def merge_kernel(
     o1, o2, lse = softmax_end(o1, o2, top, total)
     tl.store(lse_ptr + row, lse, mask=here)
     store_two(o_ptr, row * DV, here, o1, o2, DV, DV1, DV2)
+    if GATED:  # read last: before the blocks' they would take a third more registers, 0.35 ms slower
+        cmp1, cmp2 = load_two(o_cmp_ptr, row * DV, here, DV, DV1, DV2, True)
+        win1, win2 = load_two(o_win_ptr, row * DV, here, DV, DV1, DV2, True)
+        o1, o2 = o1.to(o_ptr.dtype.element_ty), o2.to(o_ptr.dtype.element_ty)
+        gate1, gate2, gate3 = load_gates(gates_ptr, row, here)
+        out1 = gated_sum(gate1, cmp1, gate2, o1, gate3, win1)
+        out2 = out1
+        if DV2 > 0:
+            out2 = gated_sum(gate1, cmp2, gate2, o2, gate3, win2)
+        store_two(out_ptr, row * DV, here, out1, out2, DV, DV1, DV2)
 
 
 @triton.jit(do_not_specialize=CHUNK)
@@ -324,14 +336,50 @@ def selected_forward(
     onto: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `selected.selected_forward`: output [S, H, Dv] in q's type, log-sum-exp [S, H] in float32."""
+    return _forward(q_SHD, k_ND, v_ND, picks_SGn, token_S, index, scale, onto)[:2]
+
+
+def selected_combined(
+    gates_SH3: Tensor,
+    o_cmp_SHD: Tensor,
+    o_win_SHD: Tensor,
+    q_SHD: Tensor,
+    k_ND: Tensor,
+    v_ND: Tensor,
+    picks_SGn: Tensor,
+    token_S: Tensor,
+    index: BlockIndex,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `selected.selected_combined`: the last kernel reads the other branches' outputs and adds all three."""
+    gated = gates_SH3.contiguous(), o_cmp_SHD.contiguous(), o_win_SHD.contiguous()
+    return _forward(q_SHD, k_ND, v_ND, picks_SGn, token_S, index, scale, None, gated)
+
+
+def _forward(
+    q_SHD: Tensor,
+    k_ND: Tensor,
+    v_ND: Tensor,
+    picks_SGn: Tensor,
+    token_S: Tensor,
+    index: BlockIndex,
+    scale: float,
+    onto: tuple[Tensor, Tensor] | None,
+    gated: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, log-sum-exp, and where `gated` (gates, the other branches' outputs) the sum, else the output again."""
     check_picks(picks_SGn, index)
     q, k, v = q_SHD.contiguous(), rows_contiguous(k_ND), rows_contiguous(v_ND)
     picks = picks_SGn.transpose(0, 1).contiguous()
     check_launch(q, k, v)
     (s, h, dk), (groups, _, count), dv = q.shape, picks.shape, v.shape[1]
     o, lse = onto or (q.new_empty(s, h, dv), q.new_empty(s, h, dtype=torch.float32))
+    out = torch.empty_like(o) if gated else o
     if s == 0 or index.longest == 0:  # no row: no grid either
-        return onto or (o.zero_(), lse.fill_(-torch.inf))
+        if not onto:
+            o.zero_()
+            lse.fill_(-torch.inf)
+        return o, lse, combine_forward(gated[0], [gated[1], o, gated[2]]) if gated else o
     sizes, meta = _launch("block_forward", q, dk, dv, h // groups)
     r, blocks = h // groups, index.begin_GB.shape[1]
     work = make_work(picks, index, *_chunk(q, blocks, r * dk, r * count * dv), _item_width(r, meta["BM"]))
@@ -343,7 +391,8 @@ def selected_forward(
         from nsa_dist.kernels import hopper_blocks
 
         descriptors, constants = hopper_blocks.arguments(q, k, v, part_o, r)
-    count_launch("block_forward")
+    for name in ("block_forward", "combine") if gated else ("block_forward",):
+        count_launch(name)
     for chunk in work.chunks:
         where = (token_S, index.token_N, *edges, work.order, work.start, work.item_start, work.segment)
         which = chunk.number, chunk.first_head, chunk.first_query, work.segments, blocks, work.queries, s, count, h
@@ -356,10 +405,10 @@ def selected_forward(
                 q, k, v, *where, part_o, part_lse, *which, k.stride(0), v.stride(0), scale,
                 ONCE=index.longest <= meta["BN"], WIDTH=work.width, **sizes, **meta)  # fmt: skip
         merge_kernel[(triton.cdiv(chunk.queries * r, _MERGE["BM"]), chunk.heads)](
-            part_o, part_lse, picks, *edges, o, lse, chunk.first_head, chunk.first_query, chunk.queries, work.queries,
-            s, h, blocks, count, R=r, SLOTS=_slots(count), ONTO=onto is not None, **_MERGE,
-            **pieces("V", dv))  # fmt: skip
-    return o, lse
+            part_o, part_lse, picks, *edges, o, lse, *(gated or (o, o, o)), out, chunk.first_head, chunk.first_query,
+            chunk.queries, work.queries, s, h, blocks, count, R=r, SLOTS=_slots(count), ONTO=onto is not None,
+            GATED=gated is not None, **_MERGE, **pieces("V", dv))  # fmt: skip
+    return o, lse, out
 
 
 def selected_backward(

@@ -12,21 +12,34 @@ _ROWS = 32
 
 
 @triton.jit
+def load_gates(gates_ptr, row_M, mask_M):
+    """The gates of three branches of each row, in float32."""
+    at = gates_ptr + row_M * 3
+    gate1 = tl.load(at, mask=mask_M, other=0.0).to(tl.float32)
+    gate2 = tl.load(at + 1, mask=mask_M, other=0.0).to(tl.float32)
+    return gate1, gate2, tl.load(at + 2, mask=mask_M, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def gated_sum(gate1, o1, gate2, o2, gate3, o3):
+    total = gate1[:, None] * o1.to(tl.float32)
+    total += gate2[:, None] * o2.to(tl.float32)
+    return total + gate3[:, None] * o3.to(tl.float32)
+
+
+@triton.jit
 def combine_kernel(
     gates_ptr, o1_ptr, o2_ptr, o3_ptr, out_ptr, rows, D: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr
 ):
     m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     here = m < rows
-    total = tl.zeros([BM, WIDTH], tl.float32)
-    for i in tl.static_range(3):
-        o_ptr = o1_ptr
-        if i == 1:
-            o_ptr = o2_ptr
-        if i == 2:
-            o_ptr = o3_ptr
-        gate = tl.load(gates_ptr + m * 3 + i, mask=here, other=0.0).to(tl.float32)
-        total += gate[:, None] * load_rows(o_ptr, m * D, here, D, 0, WIDTH).to(tl.float32)
-    store_rows(out_ptr, m * D, here, total, D, 0, WIDTH, False)
+    o1, o2, o3 = (
+        load_rows(o1_ptr, m * D, here, D, 0, WIDTH),
+        load_rows(o2_ptr, m * D, here, D, 0, WIDTH),
+        load_rows(o3_ptr, m * D, here, D, 0, WIDTH),
+    )
+    gate1, gate2, gate3 = load_gates(gates_ptr, m, here)
+    store_rows(out_ptr, m * D, here, gated_sum(gate1, o1, gate2, o2, gate3, o3), D, 0, WIDTH, False)
 
 
 @triton.jit

@@ -326,11 +326,21 @@ def row_descriptors(x_SHD: Tensor, r: int, rows: int) -> list[TensorDescriptor]:
 def range_forward(q: Tensor, k: Tensor, v: Tensor, ranges: Ranges, scale: float, o: Tensor, lse: Tensor) -> None:
     """`ranged.range_forward` into o and lse, where `ranged._by_gluon`."""
     (s, _, dk), (_, groups, dv), r = q.shape, v.shape, q.shape[1] // v.shape[1]
-    meta = tuned("hopper_window" if ranges.longest <= 1024 else "hopper_forward", q, dk, dv)
-    bn, stages, items = meta["BN"], meta["num_stages"], triton.cdiv(s * r, ROWS) * groups
-    taken = stages * bn * (dk + dv) * 2 + 2 * ROWS * dk * 2 + 4096  # with the rows of two tiles
+    meta, slots = _forward_tiles(ranges.longest, q, dk, dv)
+    bn, items = meta["BN"], triton.cdiv(s * r, ROWS) * groups
     count_launch("range_forward")
     range_forward_kernel[(programs(items, ranges.longest, q.device),)](
         *row_descriptors(q, r, ROWS // 2), *descriptors(k, bn), *descriptors(v, bn), ranges.lo_S, ranges.hi_S, o,
         lse, items, s, k.stride(1), v.stride(1), scale, R=r, GROUPS=groups, **head_sizes(dk, dv), BN=bn,
-        STAGES=stages, SLOTS=2 if taken <= _SHARED else 1, num_warps=4)  # fmt: skip
+        STAGES=meta["num_stages"], SLOTS=slots, num_warps=4)  # fmt: skip
+
+
+def _forward_tiles(longest: int, q: Tensor, dk: int, dv: int) -> tuple[dict[str, int], int]:
+    """Tile sizes, and of how many tiles the rows fit beside them. At 192/192 only a window's tiles do."""
+    for kernel in ("hopper_forward", "hopper_window")[longest <= 1024 :]:
+        meta = tuned(kernel, q, dk, dv)
+        left = _SHARED - 4096 - meta["num_stages"] * meta["BN"] * (dk + dv) * 2
+        slots = min(2, left // (ROWS * dk * 2))
+        if slots:
+            break
+    return meta, slots

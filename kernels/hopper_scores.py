@@ -38,14 +38,15 @@ ROW_SLOTS = gl.constexpr(2)  # tiles of rows that are there or under way
 
 @gluon.jit
 def _tile(
-    item, tiles, first_tile, bounds_ptr, lo_ptr, hi_ptr, GROUPS: gl.constexpr, BN: gl.constexpr, PART: gl.constexpr
+    item, tiles, first_tile, bounds_ptr, lo_ptr, hi_ptr, GROUPS: gl.constexpr, BN: gl.constexpr, PART: gl.constexpr,
+    ZEROS: gl.constexpr,
 ):  # fmt: skip
     """Some queries of a document, a KV head, and of the compressed tokens that the document sees `count` tiles."""
     g, tile, first = item % GROUPS, item // GROUPS % tiles, item // GROUPS // tiles * PART
     begin = gl.load(bounds_ptr + 2 * (first_tile + tile)).to(gl.int32)
     stop = gl.load(bounds_ptr + 2 * (first_tile + tile) + 1).to(gl.int32)
     low = gl.load(lo_ptr + begin).to(gl.int32)  # of the document's first compressed token
-    end = gl.minimum(gl.load(hi_ptr + stop - 1).to(gl.int32) - low, first + PART)
+    end = gl.minimum(gl.load(hi_ptr + stop - 1).to(gl.int32) - low + ZEROS, first + PART)
     return tile, g, begin, stop, low, first, end, (gl.maximum(end - first, 0) + BN - 1) // BN
 
 
@@ -54,13 +55,13 @@ def _feed(
     q1_desc, q2_desc, k1_desc, k2_desc, q1, q2, k1, k2, q_full, q_empty, k_full, k_empty, bounds_ptr, lo_ptr, hi_ptr,
     item, step, items, tiles, first_tile, k_head,
     R: gl.constexpr, GROUPS: gl.constexpr, DK1: gl.constexpr, DK2: gl.constexpr, BN: gl.constexpr,
-    PART: gl.constexpr, STAGES: gl.constexpr,
+    PART: gl.constexpr, ZEROS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The warp that keeps the buffers full, across the ends of tiles."""
     turn, n = 0, 0  # tiles of rows, and of keys, that have been asked for
     while item < items:
         _, g, begin, _, low, first, _, count = _tile(
-            item, tiles, first_tile, bounds_ptr, lo_ptr, hi_ptr, GROUPS, BN, PART
+            item, tiles, first_tile, bounds_ptr, lo_ptr, hi_ptr, GROUPS, BN, PART, ZEROS
         )
         for j in range(count):
             slot = n % STAGES
@@ -85,7 +86,7 @@ def _add(
     which, q1, q2, k1, k2, q_full, q_empty, k_full, k_empty, bounds_ptr, lo_ptr, hi_ptr, lse_ptr, sums_ptr,
     item, step, items, tiles, first_tile, width, scale,
     R: gl.constexpr, GROUPS: gl.constexpr, DK1: gl.constexpr, DK2: gl.constexpr, BN: gl.constexpr,
-    PART: gl.constexpr, STAGES: gl.constexpr,
+    PART: gl.constexpr, ZEROS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """A warp group: every third tile of keys. While it sums, the others' products are under way.
 
@@ -101,7 +102,7 @@ def _add(
     turn, n = 0, 0  # tiles of rows, and of keys, that are done
     while item < items:
         tile, g, begin, stop, low, first, end, count = _tile(
-            item, tiles, first_tile, bounds_ptr, lo_ptr, hi_ptr, GROUPS, BN, PART
+            item, tiles, first_tile, bounds_ptr, lo_ptr, hi_ptr, GROUPS, BN, PART, ZEROS
         )
         if count > 0:
             column = gl.arange(0, BM, gl.SliceLayout(0, scores))
@@ -151,7 +152,7 @@ def score_sums_kernel(
     q1_desc, q2_desc, k1_desc, k2_desc, lse_ptr, lo_ptr, hi_ptr, bounds_ptr, sums_ptr, items, tiles, first_tile,
     k_head, width, scale,
     R: gl.constexpr, GROUPS: gl.constexpr, DK: gl.constexpr, DK1: gl.constexpr, DK2: gl.constexpr, BN: gl.constexpr,
-    PART: gl.constexpr, STAGES: gl.constexpr,
+    PART: gl.constexpr, ZEROS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """As `scores.score_sums_kernel`, from tile to tile."""
     BM: gl.constexpr = COLUMNS
@@ -170,16 +171,16 @@ def score_sums_kernel(
         [
             (_add, (0, q1, q2, k1, k2, q_full, q_empty, k_full, k_empty, bounds_ptr, lo_ptr, hi_ptr, lse_ptr,
                     sums_ptr, item, step, items, tiles, first_tile, width, scale, R, GROUPS, DK1, DK2, BN, PART,
-                    STAGES)),
+                    ZEROS, STAGES)),
             (_add, (1, q1, q2, k1, k2, q_full, q_empty, k_full, k_empty, bounds_ptr, lo_ptr, hi_ptr, lse_ptr,
                     sums_ptr, item, step, items, tiles, first_tile, width, scale, R, GROUPS, DK1, DK2, BN, PART,
-                    STAGES)),
+                    ZEROS, STAGES)),
             (_add, (2, q1, q2, k1, k2, q_full, q_empty, k_full, k_empty, bounds_ptr, lo_ptr, hi_ptr, lse_ptr,
                     sums_ptr, item, step, items, tiles, first_tile, width, scale, R, GROUPS, DK1, DK2, BN, PART,
-                    STAGES)),
+                    ZEROS, STAGES)),
             (_feed, (q1_desc, q2_desc, k1_desc, k2_desc, q1, q2, k1, k2, q_full, q_empty, k_full, k_empty, bounds_ptr,
                      lo_ptr, hi_ptr, item, step, items, tiles, first_tile, k_head, R, GROUPS, DK1, DK2, BN, PART,
-                     STAGES)),
+                     ZEROS, STAGES)),
         ],
         [4, 4, 1],
         [160, 160, 24],
@@ -194,7 +195,7 @@ def slots(dk: int, bn: int, most: int) -> int:
 
 def score_sums(
     q: Tensor, k: Tensor, lse: Tensor, ranges: Ranges, bounds: Tensor, sums: Tensor, first: int, tiles: int,
-    width: int, part: int, scale: float,
+    width: int, part: int, zeros: int, scale: float,
 ) -> None:  # fmt: skip
     """The sums of `tiles` tiles of queries from tile `first` on, [tiles, G, queries of a tile, width]."""
     (h, dk), groups = q.shape[1:], k.shape[1]
@@ -204,5 +205,5 @@ def score_sums(
     by_head = piece_descriptors(q, [h, len(q), dk], [dk, h * dk, 1], [r, COLUMNS.value // r])
     score_sums_kernel[(programs(items, min(width, part), q.device),)](
         *by_head, *descriptors(k, bn), lse, ranges.lo_S, ranges.hi_S, bounds, sums, items, tiles, first, k.stride(1),
-        width, scale, R=r, GROUPS=groups, **pieces("K", dk), BN=bn, PART=part,
+        width, scale, R=r, GROUPS=groups, **pieces("K", dk), BN=bn, PART=part, ZEROS=zeros,
         STAGES=slots(dk, bn, meta["num_stages"]), num_warps=4)  # fmt: skip

@@ -27,6 +27,7 @@ class Implementation:
     range_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     compressed_forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     selected_forward: Callable[..., tuple[Tensor, Tensor]]
+    selected_combined: Callable[..., tuple[Tensor, Tensor, Tensor]]
     selected_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     combine_forward: Callable[..., Tensor]
     row_deltas: Callable[..., Tensor]
@@ -37,6 +38,7 @@ VECTORISED = Implementation(
     tiled.range_backward,
     compressed.compressed_forward,
     selected.selected_forward,
+    selected.selected_combined,
     selected.selected_backward,
     combine.combine_forward,
     combine.row_deltas,
@@ -92,6 +94,7 @@ def _triton() -> Implementation:
         ranged.range_backward,
         compressed_forward,
         blocks.selected_forward,
+        blocks.selected_combined,
         blocks.selected_backward,
         gating.combine_forward,
         gating.row_deltas,

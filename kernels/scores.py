@@ -29,11 +29,12 @@ def score_sums_kernel(
     q_ptr, k_ptr, lse_ptr, lo_ptr, hi_ptr, bounds_ptr, sums_ptr, first_tile, heads, groups, k_row, k_head, width,
     scale,
     R: tl.constexpr, RP: tl.constexpr, DK: tl.constexpr, DK1: tl.constexpr, DK2: tl.constexpr,
-    BT: tl.constexpr, BN: tl.constexpr, PART: tl.constexpr, PREC: tl.constexpr,
+    BT: tl.constexpr, BN: tl.constexpr, PART: tl.constexpr, ZEROS: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Sums over a group's heads of the probabilities of PART compressed tokens, for BT queries of one document.
 
-    A query's R heads have RP places, a power of two. S^T = K Q^T, so that a sum stays inside four lanes.
+    A query's R heads have RP places, a power of two. S^T = K Q^T, so that a sum stays inside four lanes. ZEROS more
+    sums than the last query sees are written, as far as its block goes.
     """
     tile, g = tl.program_id(0), tl.program_id(1)
     begin = tl.load(bounds_ptr + 2 * (first_tile + tile)).to(tl.int32)
@@ -42,11 +43,11 @@ def score_sums_kernel(
     all_see = tl.load(hi_ptr + begin).to(tl.int32) - low
     end = tl.load(hi_ptr + stop - 1).to(tl.int32) - low
     first = tl.program_id(2) * PART
-    end = tl.minimum(end, first + PART)
+    last = tl.minimum(end + ZEROS, first + PART)
     edge = tl.maximum(first, tl.minimum(first + (all_see - first) // BN * BN, end))
     column = tl.arange(0, BT * RP)
     s_M = begin + column // RP
-    here = (s_M < tl.where(first < end, stop, begin)) & (column % RP < R)
+    here = (s_M < tl.where(first < last, stop, begin)) & (column % RP < R)
     row = s_M.to(tl.int64) * heads + g * R + column % RP
     q1, q2 = load_two(q_ptr, row * DK, here, DK, DK1, DK2)
     lse2 = tl.load(lse_ptr + row, mask=here, other=float("inf")) * LOG2E
@@ -57,7 +58,7 @@ def score_sums_kernel(
     for part in tl.static_range(2):
         here_from, here_to = first, edge
         if part == 1:
-            here_from, here_to = edge, end
+            here_from, here_to = edge, last
         for n0 in range(here_from, here_to, BN):
             n = n0 + tl.arange(0, BN)
             k1, k2 = load_two(k_at, n.to(tl.int64) * k_row, n < end, DK, DK1, DK2)
@@ -65,66 +66,88 @@ def score_sums_kernel(
             if part == 1:
                 p = tl.where(n[:, None] < seen_M[None, :], p, 0.0)
             u = tl.sum(tl.reshape(p, [BN, BT, RP]), 2)
-            tl.store(to_T[None, :] + n[:, None], u, mask=(n < end)[:, None])
+            tl.store(to_T[None, :] + n[:, None], u, mask=(n < last)[:, None])
+
+
+@triton.jit
+def places(taken, CB: tl.constexpr, TOP: tl.constexpr):
+    """The place of each that is taken among all that are, and their number.
+
+    A row of 32 is counted in one byte of a word: one scan over a warp instead of one for each row.
+    """
+    if CB > 256 or TOP > 64:
+        at = tl.cumsum(taken.to(tl.int32)) - 1
+        total = tl.sum(taken.to(tl.int32))
+    else:
+        ROWS: tl.constexpr = CB // 32
+        shift = 8 * tl.arange(0, ROWS)[:, None]
+        word = tl.sum(tl.reshape(taken, [ROWS, 32]).to(tl.int64) << shift, 0)
+        every = tl.sum(word) * 0x0101010101010101
+        total = (every >> 56).to(tl.int32)
+        upto = tl.cumsum(word, 0)[None, :] + (every << 8)
+        at = tl.reshape(((upto >> shift) & 255).to(tl.int32) - 1, [CB])
+    return at, total
 
 
 @triton.jit
 def choose_kernel(
-    sums_ptr, lo_ptr, hi_ptr, own_ptr, first_ptr, bounds_ptr, weight_ptr, keep_ptr, picks_ptr,
-    first_tile, groups, width, initial, local, count,
-    BT: tl.constexpr, CB: tl.constexpr, STRIDE: tl.constexpr, BEFORE: tl.constexpr, WEIGHTS: tl.constexpr,
+    sums_ptr, own_ptr, first_ptr, bounds_ptr, weight_ptr, keep_ptr, picks_ptr, first_tile, groups, width,
+    initial, local, count,
+    BT: tl.constexpr, CB: tl.constexpr, STRIDE: tl.constexpr, WIDTH: tl.constexpr, BEFORE: tl.constexpr,
     TOP: tl.constexpr,
 ):  # fmt: skip
     """One query: the blocks with the highest scores, weighted sums of its row, ties to the lower index.
 
-    The lowest score that is taken is found bit by bit, by counting: no sort. Blocks come in chunks; those taken of
-    the chunks before are the first of the next, in their order, so that what is written ascends.
+    The lowest score that is taken is found by halving and counting: no sort. Blocks come in chunks; those taken of
+    the chunks before are the first of the next, in their order, so that what is kept ascends: scores and numbers.
     """
     tile, t, g = tl.program_id(0) // BT, tl.program_id(0) % BT, tl.program_id(1)
     begin = tl.load(bounds_ptr + 2 * (first_tile + tile)).to(tl.int32)
     stop = tl.load(bounds_ptr + 2 * (first_tile + tile) + 1).to(tl.int32)
     if begin + t < stop:
-        end = tl.load(hi_ptr + stop - 1).to(tl.int32) - tl.load(lo_ptr + begin).to(tl.int32)
         own = tl.load(own_ptr + begin + t).to(tl.int32)
         row_ptr = sums_ptr + ((tile.to(tl.int64) * groups + g) * BT + t) * width
         keep_ptr += (tl.program_id(0).to(tl.int64) * groups + g) * TOP
         to_ptr = picks_ptr + ((begin + t).to(tl.int64) * groups + g) * count
-        e, total = tl.arange(0, CB), 0
+        e, i, total, lowest = tl.arange(0, CB), tl.arange(0, WIDTH), 0, 0
+        own_weights = tl.load(weight_ptr + BEFORE + i, mask=i < STRIDE, other=0.0)
         for j0 in range(0, own + 1, CB - TOP):
             j = j0 + e - TOP
             new = (e >= TOP) & (j <= own)
-            score = tl.zeros([CB], tl.float32)
-            for o in tl.static_range(WEIGHTS):
+            n = (j * STRIDE)[:, None] + i[None, :]
+            u = tl.load(row_ptr + n, mask=new[:, None] & (i < STRIDE)[None, :], other=0.0)
+            score = tl.sum(u * own_weights[None, :], 1)
+            for o in tl.static_range(BEFORE):  # tokens that begin before the block
                 n = j * STRIDE + (o - BEFORE)
-                there = new & (n >= 0) & (n < end)
-                score += tl.load(weight_ptr + o) * tl.load(row_ptr + n, mask=there, other=0.0)
+                weight = tl.load(weight_ptr + o)
+                score += weight * tl.load(row_ptr + n, mask=new & (n >= 0), other=0.0)
             key = score.to(tl.int32, bitcast=True)  # not negative: the bits' order is the numbers'
             key = tl.where((j < initial) | (j > own - local), 2147483647, key)
-            taken_before = e < total
-            key = tl.where(new, key, tl.load(keep_ptr + e, mask=taken_before, other=-1))
-            j = tl.where(new, j, tl.load(to_ptr + e, mask=taken_before, other=-1))
-            # The highest number that `count` keys reach, bit by bit, until exactly so many do.
-            # A query with no more blocks than that takes them all.
-            lowest, bit, many = 0, tl.where(own < count, -1, 30), 0
-            while (bit >= 0) & (many != count):
-                higher = lowest + (1 << bit)
-                reach = tl.sum((key >= higher).to(tl.int32))
-                lowest = tl.where(reach >= count, higher, lowest)
+            old = (e < TOP) & (e < total)  # the index hides that they are neighbours: one layout for all
+            kept = tl.load(keep_ptr + tl.where(old, e, 0), mask=old, other=-1)
+            key = tl.where(new, key, (kept >> 32).to(tl.int32))
+            j = tl.where(new, j, kept.to(tl.int32))
+            # The highest number that `count` keys reach, or any that exactly so many reach: between the last chunk's
+            # and one above the highest key that isn't always taken, whose successor is negative.
+            least = tl.min(key.to(tl.uint32, bitcast=True)).to(tl.int32, bitcast=True)
+            lowest, high, many = tl.maximum(lowest, least), tl.max(key + 1), 0
+            high = tl.where(own < count, lowest, high)  # so few blocks are all taken
+            while (lowest < high) & (many != count):
+                middle = high - ((high - lowest) >> 1)
+                reach = CB - tl.sum((key - middle).to(tl.uint32, bitcast=True) >> 31).to(tl.int32)
                 many = tl.where(reach >= count, reach, many)
-                bit -= 1
+                lowest = tl.where(reach >= count, middle, lowest)
+                high = tl.where(reach >= count, high, middle - 1)
             taken = key >= lowest
-            if tl.sum(taken.to(tl.int32)) > count:  # ties at the cut
+            if many != count:  # ties at the cut, or fewer
                 spare = count - tl.sum((key > lowest).to(tl.int32))
                 taken = (key > lowest) | ((key == lowest) & (tl.cumsum((key == lowest).to(tl.int32)) <= spare))
-            at = tl.cumsum(taken.to(tl.int32)) - 1
-            total = tl.sum(taken.to(tl.int32))
+            at, total = places(taken, CB, TOP)
             tl.debug_barrier()
-            tl.store(keep_ptr + at, key, mask=taken)
-            tl.store(to_ptr + at, j, mask=taken)
+            tl.store(keep_ptr + at, (key.to(tl.int64) << 32) | j, mask=taken)
             tl.debug_barrier()
         slot = tl.arange(0, TOP)
-        block = tl.load(to_ptr + slot, mask=slot < total, other=-1)
-        tl.debug_barrier()
+        block = tl.load(keep_ptr + slot, mask=slot < total, other=-1).to(tl.int32)
         block = tl.where(block < 0, -1, block + tl.load(first_ptr + begin).to(tl.int32))
         tl.store(to_ptr + slot, block, mask=slot < count)
 
@@ -148,32 +171,33 @@ def select_blocks(
     tile = max(1, min(32, rows // rp))
     bounds = view.ranges.tiles_on_device(tile)
     top = max(2, triton.next_power_of_2(spec.select_count))
-    width, part = max(16, triton.cdiv(view.ranges.longest, 16) * 16), _PART_TILES * meta["BN"]
+    stride, before = spec.select_block // spec.compress_stride, spec.compress_block // spec.compress_stride - 1
+    zeros = stride + before  # sums of tokens that aren't seen, up to the end of a query's block
+    width, part = triton.cdiv(view.ranges.longest + zeros, 16) * 16, _PART_TILES * meta["BN"]
     at_once = 3 if small else max(1, _SUMS_BYTES // (4 * groups * tile * width))
     at_once = min(at_once, len(bounds))
     sums = q.new_empty(at_once * groups * tile * width, dtype=torch.float32)
-    keep = q.new_empty(at_once * groups * tile * top, dtype=torch.int32)
+    keep = q.new_empty(at_once * groups * tile * top, dtype=torch.int64)
     blocks = width * spec.compress_stride // spec.select_block + 2
-    chunk = 2 * top if small else max(2 * top, min(_CHUNK, triton.next_power_of_2(blocks + top)))
+    chunk = max(32, 2 * top, 0 if small else min(_CHUNK, triton.next_power_of_2(blocks + top)))
     lo, hi, weights = view.ranges.lo_S, view.ranges.hi_S, _weights(spec, q.device)
     count_launch("scores")
-    sizes = {"R": r, "RP": rp, **pieces("K", dk), "BT": tile, "BN": meta["BN"], "PART": part}
+    sizes = {"R": r, "RP": rp, **pieces("K", dk), "BT": tile, "BN": meta["BN"], "PART": part, "ZEROS": zeros}
     for first in range(0, len(bounds), at_once):
         tiles = min(at_once, len(bounds) - first)
         if by_gluon:
             from nsa_dist.kernels import hopper_scores
 
-            hopper_scores.score_sums(q, k, lse_SH, view.ranges, bounds, sums, first, tiles, width, part, scale)
+            hopper_scores.score_sums(q, k, lse_SH, view.ranges, bounds, sums, first, tiles, width, part, zeros, scale)
         else:
             score_sums_kernel[(tiles, groups, triton.cdiv(width, part))](
                 q, k, lse_SH, lo, hi, bounds, sums, first, h, groups, k.stride(0), k.stride(1), width, scale,
                 PREC=precision(q), num_warps=meta["num_warps"], num_stages=meta["num_stages"], **sizes)  # fmt: skip
         choose_kernel[(tiles * tile, groups)](
-            sums, lo, hi, view.own_S, view.first_S, bounds, weights, keep, picks,
-            first, groups, width, spec.initial_blocks, spec.local_blocks, spec.select_count,
-            BT=tile, CB=chunk, STRIDE=spec.select_block // spec.compress_stride,
-            BEFORE=spec.compress_block // spec.compress_stride - 1, WEIGHTS=len(weights), TOP=top,
-            num_warps=1)  # fmt: skip
+            sums, view.own_S, view.first_S, bounds, weights, keep, picks, first, groups, width,
+            spec.initial_blocks, spec.local_blocks, spec.select_count,
+            BT=tile, CB=chunk, STRIDE=stride, WIDTH=triton.next_power_of_2(stride),
+            BEFORE=before, TOP=top, num_warps=1)  # fmt: skip
     return picks
 
 

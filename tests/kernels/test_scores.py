@@ -22,6 +22,10 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         ([0, 90], 4, 4, 16, NSASpec(4, 4, 4, 5, 2, 1, 24), True),
         ([0, 5, 90], 3, 1, 16, NSASpec(12, 4, 4, 3, 0, 1, 24), True),
         ([0, 156], 16, 1, 48, NSASpec(16, 4, 8, 16, 1, 2, 24), True),
+        ([0, 31, 301], 2, 1, 16, NSASpec(8, 4, 4, 5, 1, 2, 24), False),  # four chunks of blocks
+        ([0, 31, 301], 2, 1, 16, NSASpec(8, 4, 4, 5, 1, 2, 24), True),
+        ([0, 31, 331], 1, 1, 16, NSASpec(12, 4, 12, 3, 1, 2, 24), False),  # none to choose
+        ([0, 310], 1, 1, 16, NSASpec(4, 4, 4, 70, 1, 2, 24), False),
     ],
 )
 def test_selects_the_same_blocks(cu: list[int], heads: int, groups: int, dk: int, spec: NSASpec, ties: bool) -> None:
