@@ -96,19 +96,21 @@ def on_hopper(q: Tensor, *kv: Tensor) -> bool:
 
 def tuned(kernel: str, x: Tensor, dk: int, dv: int) -> dict[str, int]:
     """Tile sizes, warps and stages of a kernel. Raises ValueError for head sizes that it isn't made for there."""
-    where, most = target(x.device), largest(kernel, x)
-    if max(dk, dv) > most:
-        raise ValueError(f"head sizes {dk}/{dv} in {x.dtype} on {where}: {kernel} takes at most {most} there")
+    where, (most, both) = target(x.device), largest(kernel, x)
+    if max(dk, dv) > most or dk + dv > both:
+        raise ValueError(
+            f"head sizes {dk}/{dv} in {x.dtype} on {where}: {kernel} takes at most {most}, {both} together, there"
+        )
     return dict(configuration(kernel, where, x.dtype == torch.float32, max(dk, dv)))
 
 
-def largest(kernel: str, x: Tensor) -> int:
-    """The largest head size that a kernel is made for where x is."""
-    return _LARGEST.get((target(x.device), kernel), 256)
+def largest(kernel: str, x: Tensor) -> tuple[int, int]:
+    """The largest head size that a kernel is made for where x is, and the largest sum of both."""
+    return _LARGEST.get((target(x.device), kernel), (256, 512))
 
 
-# The largest head size of a kernel where it isn't 256: above, ptxas spills 4 KB in 16-bit types, 6 KB in float32.
-_LARGEST = {("sm_80", "block_backward"): 192}
+# Where it isn't 256: above, ptxas spills 3 to 4 KB in 16-bit types, 6 KB in float32.
+_LARGEST = {("sm_80", "block_backward"): (192, 320)}
 
 # (target or its family, kernel): BM, BN, warps, stages at head sizes up to 128, up to 192, above it; 16-bit types.
 # kernels/NOTES.md says what was measured; what hasn't been is chosen by the compiled code's registers and spills.
