@@ -1,5 +1,6 @@
 """The public function: NSA from q, the branches' keys and values, and gates, on one device."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -44,9 +45,11 @@ def nsa_attention(
     Returns [B, T, H, Dv] in q's type. G divides H.
 
     cu_seqlens: int32 [documents + 1], tokens at which packed documents start and the last ends (B = 1).
-    scale: of the products; Dk ** -0.5 unless given. backend: `triton` (the kernels; float16, bfloat16, float32,
-    head sizes from 16 to 256 that 8 divides), `auto` (the kernels on a GPU, plain torch operations in tiles on a
-    CPU and in float64) or `reference` (the definition; any floating type, slow).
+    scale: of the products, above 0; Dk ** -0.5 unless given.
+
+    backend: `triton` (the kernels; float16, bfloat16, float32, head sizes from 16 to 256 that 8 divides), `auto` (the
+    kernels on a GPU, plain torch operations in tiles on a CPU and in float64) or `reference` (the definition; any
+    floating type, slow).
 
     recompute: the three branches' outputs, as large as the result each, aren't kept for the backward, which computes
     them again (the kernels to the bit, the plain operations to rounding); log-sum-exps and the selection are kept.
@@ -60,6 +63,8 @@ def nsa_attention(
     kv = {"k_cmp": k_cmp, "v_cmp": v_cmp, "k_slc": k_slc, "v_slc": v_slc, "k_win": k_win, "v_win": v_win}
     _check(q, kv, gates, spec, cu_seqlens)
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if not 0 < factor < math.inf:  # the kernels mask scores before they multiply
+        raise ValueError(f"scale={scale}: must be a finite number above 0")
     sizes = [float(getattr(spec, f.name)) for f in fields(spec)]
     inputs = [x.flatten(0, 1) for x in (q, *kv.values(), gates)]
     if backend == "reference":

@@ -135,13 +135,15 @@ def _put_sums(
     s, n0, end, all_see, s_M, stop, low, lse2, factor, hi_ptr, to_ptr, width,
     R: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, layout: gl.constexpr,
 ):  # fmt: skip
-    """Of keys n0 … and the columns of BM // R queries: the probabilities, summed over a query's heads, to memory."""
-    p = gl.exp2(s * factor - lse2[None, :])
+    """Of keys n0 … and the columns of BM // R queries: the probabilities, summed over a query's heads, to memory.
+
+    Nothing is decided between exponentials and sums: so the compiler lays one between the others.
+    """
     if n0 + BN > all_see:
         seen = gl.load(hi_ptr + s_M, mask=s_M < stop, other=0).to(gl.int32) - low
         n = n0 + gl.arange(0, BN, gl.SliceLayout(1, layout))
-        p = gl.where(n[:, None] < seen[None, :], p, 0.0)
-    u = gl.sum(gl.reshape(p, [BN, R, BM // R]), 1)
+        s = gl.where(n[:, None] < seen[None, :], s, float("-inf"))
+    u = gl.sum(gl.reshape(gl.exp2(s * factor - lse2[None, :]), [BN, R, BM // R]), 1)
     n = n0 + gl.arange(0, BN, gl.SliceLayout(1, u.type.layout))
     t = gl.arange(0, BM // R, gl.SliceLayout(0, u.type.layout))
     gl.store(to_ptr + t[None, :] * width + n[:, None], u, mask=(n < end)[:, None])

@@ -175,6 +175,8 @@ def test_full_attention_in_parts_that_are_merged(dk: int, dv: int) -> None:
         ({"cu_seqlens": torch.tensor([0, 60], dtype=torch.int32)}, "cu_seqlens[-1]=60: must be T=64"),
         ({"cu_seqlens": torch.tensor([0, 64, 64], dtype=torch.int32)}, "cu_seqlens=[0, 64, 64]: must be"),
         ({"q": torch.zeros(64, 4, 4)}, "q of shape (64, 4, 4): must be [B, T, H, Dk]"),
+        ({"scale": 0.0}, "scale=0.0: must be a finite number above 0"),
+        ({"scale": float("nan")}, "scale=nan: must be a finite number above 0"),
     ],
 )
 def test_what_cannot_be_served_is_named(change: dict[str, Any], words: str) -> None:
