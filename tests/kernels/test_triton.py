@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nsa_dist.kernels import NSASpec, blocks, nsa_attention, selected, tuning
+from nsa_dist.kernels import NSASpec, blocks, gating, nsa_attention, selected, tuning
 from nsa_dist.kernels.branch import BranchGrad
 from nsa_dist.kernels.combine import row_deltas
 from nsa_dist.kernels.packing import Packing
@@ -91,6 +91,25 @@ def test_selected_blocks_from_two_buffers_are_one_softmax(held: float) -> None:
     assert state is not None
     for a, b in zip((*state, dq, *grads), (o, lse, *want), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("rows", [70, 0])
+def test_the_sum_made_with_the_selected_branch_is_the_sum_made_after_it(rows: int, dtype: torch.dtype) -> None:
+    spec, heads, groups, dk, dv = NSASpec(8, 4, 16, 5, 1, 2, 24), 6, 2, 24, 40
+    packing, generator = Packing(np.array([0, 70]), spec), torch.Generator().manual_seed(4)
+    index = selected.block_index(packing, [np.arange(rows)] * groups, DEVICE)
+    shapes = (70, heads, 3), (70, heads, dv), (70, heads, dv), (70, heads, dk), (rows, groups, dk), (rows, groups, dv)
+    gates, o_cmp, o_win, q, k, v = (torch.randn(*n, generator=generator).to(DEVICE, dtype) for n in shapes)
+    own = torch.arange(70, device=DEVICE) // spec.select_block
+    picks = torch.stack([own * 0, own, own * 0 - 1], -1).int()[:, None].expand(-1, groups, -1).contiguous()
+    branch = q, selected.head_rows(k), selected.head_rows(v), picks, torch.arange(70, device=DEVICE), index, 0.2
+    o, lse = blocks.selected_forward(*branch)
+    found = blocks.selected_combined(gates, o_cmp, o_win, *branch)
+    want = o, lse, gating.combine_forward(gates, [o_cmp, o, o_win])
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+    other = selected.selected_combined(gates, o_cmp, o_win, *branch)[2]
+    torch.testing.assert_close(found[2], other, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="on a GPU an assertion of the device, which ends the process")
