@@ -326,7 +326,7 @@ def row_descriptors(x_SHD: Tensor, r: int, rows: int) -> list[TensorDescriptor]:
 def range_forward(q: Tensor, k: Tensor, v: Tensor, ranges: Ranges, scale: float, o: Tensor, lse: Tensor) -> None:
     """`ranged.range_forward` into o and lse, where `ranged._by_gluon`."""
     (s, _, dk), (_, groups, dv), r = q.shape, v.shape, q.shape[1] // v.shape[1]
-    meta, slots = _forward_tiles(ranges.longest, q, dk, dv)
+    meta, slots = _forward_tiles(q, dk, dv)
     bn, items = meta["BN"], triton.cdiv(s * r, ROWS) * groups
     count_launch("range_forward")
     range_forward_kernel[(programs(items, ranges.longest, q.device),)](
@@ -335,12 +335,11 @@ def range_forward(q: Tensor, k: Tensor, v: Tensor, ranges: Ranges, scale: float,
         STAGES=meta["num_stages"], SLOTS=slots, num_warps=4)  # fmt: skip
 
 
-def _forward_tiles(longest: int, q: Tensor, dk: int, dv: int) -> tuple[dict[str, int], int]:
-    """Tile sizes, and of how many tiles the rows fit beside them. At 192/192 only a window's tiles do."""
-    for kernel in ("hopper_forward", "hopper_window")[longest <= 1024 :]:
-        meta = tuned(kernel, q, dk, dv)
-        left = _SHARED - 4096 - meta["num_stages"] * meta["BN"] * (dk + dv) * 2
-        slots = min(2, left // (ROWS * dk * 2))
-        if slots:
-            break
-    return meta, slots
+def _forward_tiles(q: Tensor, dk: int, dv: int) -> tuple[dict[str, int], int]:
+    """Tile sizes, of half as many keys where they don't fit (192/192), and the tiles whose rows fit beside them."""
+    meta = tuned("hopper_forward", q, dk, dv)
+    rows, keys = ROWS * dk * 2, meta["num_stages"] * (dk + dv) * 2
+    left = _SHARED - 4096
+    if rows + keys * meta["BN"] > left:
+        meta["BN"] //= 2
+    return meta, min(2, (left - keys * meta["BN"]) // rows)
