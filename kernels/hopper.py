@@ -286,10 +286,14 @@ def store_rows(
     layout: gl.constexpr,
 ):  # fmt: skip
     """64 rows of a tile, each times its factor; ADD: to what is there."""
-    m = m_begin + gl.arange(0, 64, gl.SliceLayout(1, layout))
-    row = (m // R).to(gl.int64) * heads + g * R + m % R
-    d = START + gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])
     x = x * gl.convert_layout(factor, gl.SliceLayout(1, layout))[:, None]
+    if not ADD:
+        x = x.to(ptr.dtype.element_ty)
+    x = gl.convert_layout(x, wide)
+    m = m_begin + gl.arange(0, 64, gl.SliceLayout(1, wide))
+    row = (m // R).to(gl.int64) * heads + g * R + m % R
+    d = START + gl.arange(0, WIDTH, gl.SliceLayout(0, wide))
     mask = (m // R < queries)[:, None]
     to = ptr + row[:, None] * D + d[None, :]
     if ADD:
