@@ -51,6 +51,7 @@ def _feed(
         here = m // R < stop
         row = (m // R).to(gl.int64) * heads + g * R + m % R
         lse2 = gl.load(lse_ptr + row, mask=here, other=float("inf")) * LOG2E  # beyond the last query: p = 0
+        lse2 = gl.where(lse2 == float("-inf"), float("inf"), lse2)  # of who sees nothing too
         delta = gl.load(delta_ptr + row, mask=here, other=0.0)
         gate = gl.load(gate_ptr + row, mask=here, other=0.0)
         mbarrier.wait(empty.index(slot), ((j // STAGES) & 1) ^ 1)
@@ -99,13 +100,13 @@ def _differentiate(
         dp = start_products(v, v, do.index(slot), do.index(slot), False, 64, BM, scores)
         lse2 = vectors.index(slot * 3).load(columns)
         s = warpgroup_mma_wait(1, deps=[s])
-        p = gl.exp2(s * factor - lse2[None, :])
         if (m0 < inner * R) | (m0 + BM > outer * R):
             m = m0 + gl.arange(0, BM, columns)
             here = m // R < stop
             lo = gl.load(lo_ptr + m // R, mask=here, other=0).to(gl.int32)
             hi = gl.load(hi_ptr + m // R, mask=here, other=0).to(gl.int32)
-            p = gl.where((n[:, None] >= lo[None, :]) & (n[:, None] < hi[None, :]), p, 0.0)
+            s = gl.where((n[:, None] >= lo[None, :]) & (n[:, None] < hi[None, :]), s, float("-inf"))
+        p = gl.exp2(s * factor - lse2[None, :])
         p = p * vectors.index(slot * 3 + 2).load(columns)[None, :]
         left = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, wide_v, 2))
         dv = warpgroup_mma(left, do.index(slot), dv, is_async=True)
