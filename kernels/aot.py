@@ -68,7 +68,7 @@ def _recorded(target: str) -> Iterator[list[Launch]]:
 
 def record(target: str, case: Case) -> dict[str, Launch]:
     """The launches of all functions of a case, by the kernel's name and what distinguishes it."""
-    from nsa_dist.kernels import blocks, gating, ranged, scores
+    from nsa_dist.kernels import blocks, gating, ranged, rows, scores
 
     (dk, dv), dtype, r = case
     spec, s, groups = NSASpec(window=32), 256, 2  # as in long sequences: few keys in a window, many compressed
@@ -101,6 +101,7 @@ def record(target: str, case: Case) -> dict[str, Launch]:
             blocks.selected_backward(branch, q, *flat, picks, token, index, 1.0, q)
         gating.combine_forward(gates, [do] * 3)
         gating.row_deltas(do, [do] * 3)
+        rows.sum_rows(k.flatten(0, 1), token[:, None])
     return _named(launches)
 
 

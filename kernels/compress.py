@@ -22,6 +22,29 @@ from nsa_dist.kernels.packing import Ints, on_device
 from nsa_dist.kernels.spec import NSASpec
 
 
+@torch.library.custom_op("nsa_dist::sum_rows", mutates_args=())
+def sum_rows(x_NF: Tensor, rows_MP: Tensor) -> Tensor:
+    """[M, F], in x's type: for each m the sum, at least in float32, of the rows of x that `rows_MP` (int64) names,
+    -1 being none. Not differentiable."""
+    if x_NF.is_cuda:
+        from nsa_dist.kernels import rows
+
+        with torch.cuda.device_of(x_NF):
+            return rows.sum_rows(x_NF, rows_MP)
+    if not len(x_NF):
+        return x_NF.new_zeros(len(rows_MP), x_NF.shape[1])
+    none = rows_MP < 0
+    parts = x_NF.index_select(0, rows_MP.clamp(min=0).flatten()).view(*rows_MP.shape, x_NF.shape[1])
+    if none.any():
+        parts.masked_fill_(none.unsqueeze(-1), 0)
+    return parts.sum(1) if rows_MP.shape[1] > 1 else parts.squeeze(1)
+
+
+@sum_rows.register_fake
+def _(x_NF: Tensor, rows_MP: Tensor) -> Tensor:
+    return x_NF.new_empty(len(rows_MP), x_NF.shape[1])
+
+
 @dataclass(frozen=True)
 class Lookup:
     """Which rows of a source make each row of a result, and the other way round.
@@ -29,18 +52,16 @@ class Lookup:
     A source's row is in one of the result at most: its gradient is looked up too, where others would be added.
     """
 
-    rows: Tensor  # of the source, in the result's order
-    back_N: Tensor  # the result's row that each of the source's is in; 0 where it is in none
-    unused: Tensor  # the source's rows that are in none
+    rows_MP: Tensor  # of the source, for each row of the result
+    back_N1: Tensor  # the result's row that each of the source's is in, -1 where it is in none
 
     def take(self, x_NF: Tensor) -> Tensor:
-        return x_NF.index_select(0, self.rows)
+        """[M, F]: the sums."""
+        return sum_rows(x_NF, self.rows_MP)
 
     def give_back(self, grad_MF: Tensor) -> Tensor:
         """[N, F]: for each row of the source the gradient of what it is in."""
-        if not len(grad_MF):
-            return grad_MF.new_zeros(len(self.back_N), grad_MF.shape[1])
-        return grad_MF.index_select(0, self.back_N).index_fill_(0, self.unused, 0)
+        return sum_rows(grad_MF, self.back_N1)
 
 
 @dataclass(frozen=True)
@@ -71,7 +92,7 @@ class Chunks:
     def add_up(self, y_UGPF: Tensor) -> Tensor:
         """[C, G, F]: the sum over each block's parts, from [U, G, P * F] with a chunk's values as each part."""
         size = y_UGPF.shape[2] // self.parts
-        return self.parts_of_blocks.take(y_UGPF.view(-1, size)).view(-1, self.groups, self.parts, size).sum(2)
+        return self.parts_of_blocks.take(y_UGPF.view(-1, size)).view(-1, self.groups, size)
 
     def spread(self, grad_CGF: Tensor) -> Tensor:
         """[U, G, P * F]: the gradient of `add_up`."""
@@ -101,11 +122,10 @@ def make_chunks(first: Ints, tokens: int, groups: int, spec: NSASpec, device: to
     return Chunks(spec, tokens, groups, of_chunks, of_blocks)
 
 
-def _lookup(rows_MK: NDArray[Any], source_rows: int, device: torch.device) -> Lookup:
-    back_N = np.full(source_rows, -1, np.int64)
-    back_N[rows_MK] = np.arange(len(rows_MK))[:, None]
-    tables = rows_MK.ravel(), np.maximum(back_N, 0), np.flatnonzero(back_N < 0)
-    return Lookup(*(on_device(table, device) for table in tables))
+def _lookup(rows_MP: NDArray[Any], source_rows: int, device: torch.device) -> Lookup:
+    back_N1 = np.full((source_rows, 1), -1, np.int64)
+    back_N1[rows_MP, 0] = np.arange(len(rows_MP))[:, None]
+    return Lookup(on_device(rows_MP, device), on_device(back_N1, device))
 
 
 def compress_mlp(

@@ -157,7 +157,7 @@ def test_a_gradient_is_the_same_where_nothing_else_has_one(name: str) -> None:
 def test_each_row_of_a_block_is_taken_once(spec: NSASpec) -> None:
     groups = 3
     for first, tokens in (packed(spec), with_gaps(spec)):
-        taken = make_chunks(first, tokens, groups, spec, torch.device("cpu")).tokens_of_chunks.rows
+        taken = make_chunks(first, tokens, groups, spec, torch.device("cpu")).tokens_of_chunks.rows_MP.flatten()
         used = np.unique(first[:, None] + np.arange(spec.compress_block))
         wanted = used[:, None] * groups + np.arange(groups)
         assert np.array_equal(np.sort(taken.numpy()), wanted.ravel())

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from nsa_dist.kernels import NSASpec, blocks, gating, nsa_attention, selected, tuning
+from nsa_dist.kernels import NSASpec, blocks, compress, gating, nsa_attention, selected, tuning
 from nsa_dist.kernels.branch import BranchGrad
 from nsa_dist.kernels.combine import row_deltas
 from nsa_dist.kernels.packing import Packing
+from nsa_dist.kernels.rows import sum_rows
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available() and not tuning.interpreted(), reason="no interpreter")
 
@@ -156,3 +157,16 @@ def test_compiles_without_a_graph_break() -> None:
         results.append([fn(*leaves), *torch.autograd.grad(fn(*leaves), leaves)])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(("rows", "parts", "size"), [(700, 1, 24), (130, 3, 40), (0, 2, 16), (5, 2, 600)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_rows_that_are_looked_up_are_added(rows: int, parts: int, size: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(90, size, generator=generator, dtype=torch.float64).to(dtype)
+    which = torch.randint(-1, 90, (rows, parts), generator=generator)
+    found = sum_rows(x.to(DEVICE), which.to(DEVICE))
+    want = torch.nn.functional.pad(x, (0, 0, 0, 1)).double()[which].sum(1)
+    bound = {torch.float16: 1e-3, torch.float32: 1e-6, torch.float64: 1e-15}[dtype]
+    torch.testing.assert_close(found.cpu().double(), want, rtol=bound, atol=bound)
+    assert torch.equal(found.cpu(), compress.sum_rows(x, which))
