@@ -348,7 +348,8 @@ def draw(rows: list[Row], path: Path) -> None:
             line = sorted((r["tokens"], r["ms"][1]) for r in here if r["name"] == name and r["phase"] == phase)
             axes.plot(*zip(*line, strict=True), marker="o", label=name, linewidth=3 if name == "nsa-dist" else 1.5)
         title = f"{phase}: {heads} heads, {groups} KV heads, {dk}/{dv}, {dtype}"
-        axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms", title=title)
+        axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms")
+        axes.set_title(title, fontsize=10)
         axes.grid(True, alpha=0.3)
         axes.legend(fontsize=8)
     figure.suptitle(rows[0]["device"] if rows else "")
