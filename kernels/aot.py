@@ -96,8 +96,7 @@ def record(target: str, case: Case) -> dict[str, Launch]:
         scores.select_blocks(q, k_cmp, lse, view, spec, 1.0)
         blocks.selected_forward(q, *flat, picks, token, index, 1.0, (do, lse))
         blocks.selected_combined(gates, do, do, q, *flat, picks, token, index, 1.0)
-        most, both = tuning.largest("block_backward", q)
-        if max(dk, dv) <= most and dk + dv <= both:  # else refused by name
+        if tuning.holds("block_backward", q, dk, dv):  # else refused by name
             blocks.selected_backward(branch, q, *flat, picks, token, index, 1.0, q)
         gating.combine_forward(gates, [do] * 3)
         gating.row_deltas(do, [do] * 3)

@@ -8,6 +8,8 @@ block that was cut: no atomics, one order. A chunk bounds the memory of the part
 as have their rows of one KV head in the cache, and of as many KV heads as fit.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -334,52 +336,27 @@ def selected_forward(
     index: BlockIndex,
     scale: float,
     onto: tuple[Tensor, Tensor] | None = None,
+    *,
+    gated: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `selected.selected_forward`: output [S, H, Dv] in q's type, log-sum-exp [S, H] in float32."""
-    return _forward(q_SHD, k_ND, v_ND, picks_SGn, token_S, index, scale, onto)[:2]
+    """As `selected.selected_forward`: output [S, H, Dv] in q's type, log-sum-exp [S, H] in float32.
 
-
-def selected_combined(
-    gates_SH3: Tensor,
-    o_cmp_SHD: Tensor,
-    o_win_SHD: Tensor,
-    q_SHD: Tensor,
-    k_ND: Tensor,
-    v_ND: Tensor,
-    picks_SGn: Tensor,
-    token_S: Tensor,
-    index: BlockIndex,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `selected.selected_combined`: the last kernel reads the other branches' outputs and adds all three."""
-    gated = gates_SH3.contiguous(), o_cmp_SHD.contiguous(), o_win_SHD.contiguous()
-    return _forward(q_SHD, k_ND, v_ND, picks_SGn, token_S, index, scale, None, gated)
-
-
-def _forward(
-    q_SHD: Tensor,
-    k_ND: Tensor,
-    v_ND: Tensor,
-    picks_SGn: Tensor,
-    token_S: Tensor,
-    index: BlockIndex,
-    scale: float,
-    onto: tuple[Tensor, Tensor] | None,
-    gated: tuple[Tensor, Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, log-sum-exp, and where `gated` (gates, the other branches' outputs) the sum, else the output again."""
+    gated: gates, the compressed and the window branch's outputs, and what all three's gated sum is written to.
+    """
     check_picks(picks_SGn, index)
     q, k, v = q_SHD.contiguous(), rows_contiguous(k_ND), rows_contiguous(v_ND)
     picks = picks_SGn.transpose(0, 1).contiguous()
     check_launch(q, k, v)
     (s, h, dk), (groups, _, count), dv = q.shape, picks.shape, v.shape[1]
     o, lse = onto or (q.new_empty(s, h, dv), q.new_empty(s, h, dtype=torch.float32))
-    out = torch.empty_like(o) if gated else o
     if s == 0 or index.longest == 0:  # no row: no grid either
         if not onto:
             o.zero_()
             lse.fill_(-torch.inf)
-        return o, lse, combine_forward(gated[0], [gated[1], o, gated[2]]) if gated else o
+        if gated:
+            gates, o_cmp, o_win, out = gated
+            out.copy_(combine_forward(gates, [o_cmp, o, o_win]))
+        return o, lse
     sizes, meta = _launch("block_forward", q, dk, dv, h // groups)
     r, blocks = h // groups, index.begin_GB.shape[1]
     work = make_work(picks, index, *_chunk(q, blocks, r * dk, r * count * dv), _item_width(r, meta["BM"]))
@@ -405,9 +382,19 @@ def _forward(
                 q, k, v, *where, part_o, part_lse, *which, k.stride(0), v.stride(0), scale,
                 ONCE=index.longest <= meta["BN"], WIDTH=work.width, **sizes, **meta)  # fmt: skip
         merge_kernel[(triton.cdiv(chunk.queries * r, _MERGE["BM"]), chunk.heads)](
-            part_o, part_lse, picks, *edges, o, lse, *(gated or (o, o, o)), out, chunk.first_head, chunk.first_query,
+            part_o, part_lse, picks, *edges, o, lse, *(gated or (o,) * 4), chunk.first_head, chunk.first_query,
             chunk.queries, work.queries, s, h, blocks, count, R=r, SLOTS=_slots(count), ONTO=onto is not None,
             GATED=gated is not None, **_MERGE, **pieces("V", dv))  # fmt: skip
+    return o, lse
+
+
+def selected_combined(
+    gates_SH3: Tensor, o_cmp_SHD: Tensor, o_win_SHD: Tensor, *selected: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `selected.selected_combined`: the last kernel reads the other branches' outputs and adds all three."""
+    gates, o_cmp, o_win = gates_SH3.contiguous(), o_cmp_SHD.contiguous(), o_win_SHD.contiguous()
+    out = torch.empty_like(o_cmp)
+    o, lse = selected_forward(*selected, gated=(gates, o_cmp, o_win, out))
     return o, lse, out
 
 

@@ -96,20 +96,23 @@ def on_hopper(q: Tensor, *kv: Tensor) -> bool:
 
 def tuned(kernel: str, x: Tensor, dk: int, dv: int) -> dict[str, int]:
     """Tile sizes, warps and stages of a kernel. Raises ValueError for head sizes that it isn't made for there."""
-    where, (most, both) = target(x.device), largest(kernel, x)
-    if max(dk, dv) > most or dk + dv > both:
+    where = target(x.device)
+    if not holds(kernel, x, dk, dv):
+        most, both = _LARGEST[where, kernel]
         raise ValueError(
             f"head sizes {dk}/{dv} in {x.dtype} on {where}: {kernel} takes at most {most}, {both} together, there"
         )
     return dict(configuration(kernel, where, x.dtype == torch.float32, max(dk, dv)))
 
 
-def largest(kernel: str, x: Tensor) -> tuple[int, int]:
-    """The largest head size that a kernel is made for where x is, and the largest sum of both."""
-    return _LARGEST.get((target(x.device), kernel), (256, 512))
+def holds(kernel: str, x: Tensor, dk: int, dv: int) -> bool:
+    """Whether a kernel is made for such head sizes where x is."""
+    most, both = _LARGEST.get((target(x.device), kernel), (256, 512))
+    return max(dk, dv) <= most and dk + dv <= both
 
 
-# Where it isn't 256: above, ptxas spills 3 to 4 KB in 16-bit types, 6 KB in float32.
+# The largest head size, the largest sum of both, where they aren't 256 and 512: above, ptxas spills 3 to 4 KB in
+# 16-bit types, 6 KB in float32.
 _LARGEST = {("sm_80", "block_backward"): (192, 320)}
 
 # (target or its family, kernel): BM, BN, warps, stages at head sizes up to 128, up to 192, above it; 16-bit types.
